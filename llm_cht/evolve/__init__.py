@@ -1,0 +1,1 @@
+"""Topology updates of a live model: gather inputs, compute, apply."""

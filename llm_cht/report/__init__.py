@@ -1,0 +1,1 @@
+"""One self-contained page of pictures about a run."""

@@ -1,0 +1,1 @@
+"""The training program: settings, engine, optimizer, learning rate, validation, metrics, checkpoints, loop."""
