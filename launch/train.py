@@ -1,0 +1,12 @@
+"""``llm-cht train`` as a script, for launchers that start a file: ``accelerate launch launch/train.py CONFIG.yaml ...``.
+
+A console script is not a file that ``accelerate launch`` or ``torchrun`` finds on every system, hence these lines; they
+add nothing to the command.
+"""
+
+import sys
+
+from llm_cht.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
