@@ -1,0 +1,286 @@
+"""What a run writes down while it goes: ``metrics.jsonl``, TensorBoard, W&B on request; and its speed and memory.
+
+The JSONL file is the record of a run: one object a line, flushed at once, strict JSON (a non-finite number becomes
+``null``), so that the report and any script can read it during the run or after a kill. TensorBoard and W&B are views
+of the same numbers. A database was rejected (no text tools), and so were ``accelerate``'s trackers: they take flat
+scalars only and know nothing of taking records back when a run resumes from an earlier step.
+"""
+
+import json
+import math
+import os
+import resource
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llm_cht.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FILE_NAME = "metrics.jsonl"
+
+# Dense bf16 peaks in TFLOP/s, from the data sheets; the first name contained in the device's name counts.
+PEAK_TFLOPS = {
+    "GH200": 989.0,
+    "H200 NVL": 835.0,
+    "H200": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A40": 149.7,
+    "A10G": 70.0,
+    "A6000": 154.8,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+
+
+@dataclass(frozen=True)
+class MetricsSettings:
+    """What is written down, how often, and where besides the run folder."""
+
+    every: int = 10
+    """Optimizer steps between two training records."""
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s, for MFU. Unset: taken from a table of common GPUs, or MFU is left out."""
+    wandb_project: str | None = None
+    """Weights & Biases project that also gets the metrics (pip install llm-cht[wandb])."""
+
+    def check(self) -> None:
+        """Raise ``UserError`` for values that cannot work, or when W&B is asked for and not installed."""
+        if self.every < 1:
+            raise UserError(f"metrics.every is {self.every}: give a number of steps of at least 1")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise UserError(
+                f"metrics.peak_tflops is {self.peak_tflops}: give a positive number of TFLOP/s or leave it out"
+            )
+        if self.wandb_project is not None:
+            _import_wandb(self.wandb_project)
+
+
+class MetricsLog:
+    """The records of one run. Made by the main process only; call ``close`` at the end.
+
+    All records of a step must be logged before the checkpoint of that step is saved: a resume keeps what the
+    checkpoint's step has written and repeats nothing of it.
+    """
+
+    def __init__(self, run: Path, settings: MetricsSettings, config: Mapping[str, Any] | None = None) -> None:
+        """Open the log of the folder ``run``; ``config`` (the resolved settings) is only shown in W&B."""
+        settings.check()
+        self.path = run / FILE_NAME
+        self._file = self.path.open("a", encoding="utf-8")
+        self._started = time.monotonic()
+        self._purge_step: int | None = None
+        self._wandb = None if settings.wandb_project is None else _start_wandb(run, settings.wandb_project, config)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the run began; a resumed run continues from its last record."""
+        return time.monotonic() - self._started
+
+    @cached_property
+    def _tensorboard(self) -> "SummaryWriter":
+        from torch.utils.tensorboard import SummaryWriter  # here, because the import takes a second
+
+        return SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self._purge_step)
+
+    def log(self, kind: str, step: int, tokens: int, values: Mapping[str, Any]) -> None:
+        """Write one record to all places.
+
+        ``step`` counts optimizer steps done, ``tokens`` target tokens seen. ``values`` may hold numbers, strings,
+        0-d tensors, lists and nested mappings. TensorBoard and W&B get the numbers: those of ``values`` as
+        ``kind/name``, those of its ``layers`` mapping as ``layers/<layer>/<name>``.
+        """
+        values = _plain(values)
+        record = {"kind": kind, "step": step, "tokens": tokens, "seconds": round(self.seconds, 3), **values}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        scalars = _scalars(kind, values)
+        for tag, value in scalars.items():
+            self._tensorboard.add_scalar(tag, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, "tokens": tokens, **scalars})
+
+    def truncate_after(self, step: int) -> None:
+        """Take back what stands behind the resumed ``step`` (-1: everything), so that no record stands twice.
+
+        Drops the records of later steps, the ``end`` record (the resumed run writes its own) and a torn last line; the
+        file is replaced atomically. ``seconds`` goes on from the last record kept, and TensorBoard hides the later
+        events. W&B cannot take points back and shows the repeated steps twice.
+        """
+        assert "_tensorboard" not in vars(self), "truncate_after comes before the first log()"
+        records = [r for r in read_metrics(self.path) if r["step"] <= step and r["kind"] != "end"]
+        self._file.close()
+        partial = self.path.with_suffix(".jsonl.partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._started = time.monotonic() - (records[-1]["seconds"] if records else 0.0)
+        self._purge_step = step + 1
+
+    def close(self) -> None:
+        """Flush and close everything; further calls do nothing."""
+        self._file.close()
+        if "_tensorboard" in vars(self):
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``, in the order written.
+
+    A last line that a kill has cut short is left out; a damaged line elsewhere, or a missing file, is a ``UserError``.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give the folder of a run that has started to train")
+    lines = path.read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # not JSON, or a cut inside a UTF-8 character
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number} is damaged: remove that line ({error})") from error
+        records.append(record)
+    return records
+
+
+class Meter:
+    """Speed and memory since the last reading, for the ``train`` records."""
+
+    def __init__(self, device: torch.device, flops_per_token: int, peak_tflops: float | None, world_size: int) -> None:
+        """``peak_tflops`` is that of one device (see ``peak_tflops``), None where unknown."""
+        self._device = device
+        self._flops_per_token = flops_per_token
+        self._peak_flops = None if peak_tflops is None else peak_tflops * 1e12 * world_size
+        self._since = time.perf_counter()
+        self._tokens = 0
+
+    def add(self, tokens: int) -> None:
+        """Count target tokens trained on, of all ranks together."""
+        self._tokens += tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of this block out of the speed (validation, checkpoints)."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """``tokens_per_second``, ``peak_memory_mb`` and, where the peak is known, ``mfu``; starts the next interval.
+
+        On CUDA the caller has synchronised, for instance by reading the loss.
+        """
+        now = time.perf_counter()
+        speed = self._tokens / (now - self._since)
+        self._since, self._tokens = now, 0
+        values = {"tokens_per_second": speed, "peak_memory_mb": peak_memory_mb(self._device)}
+        if self._peak_flops is not None:
+            values["mfu"] = speed * self._flops_per_token / self._peak_flops
+        return values
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory used since the process began, in MB (1e6 bytes): the GPU's allocator, or on CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def peak_tflops(device: torch.device, settings: MetricsSettings) -> float | None:
+    """Peak of one device in TFLOP/s: as set, or the dense bf16 peak of a known GPU, or None."""
+    if settings.peak_tflops is not None:
+        return settings.peak_tflops
+    if device.type != "cuda":
+        return None
+    return _known_peak(torch.cuda.get_device_name(device))
+
+
+def training_flops_per_token(model: nn.Module, sequence_length: int) -> int:
+    """FLOPs of forward and backward per trained token, for MFU, by the convention of the PaLM paper (appendix B).
+
+    6 N + 12 * layers * hidden * sequence_length. N counts the parameters used in products: all but the input embedding,
+    which is looked up; an embedding tied to the output layer counts, as that layer. Sparse layers count in full,
+    because a mask saves the device no work; attention is not halved for causality, and recomputation is not counted.
+    """
+    config: Any = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if not config.tie_word_embeddings:
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        parameters -= embedding.weight.numel()
+    return 6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * sequence_length
+
+
+def _known_peak(device_name: str) -> float | None:
+    if "MIG" in device_name:  # a slice of a GPU carries the name of the whole
+        return None
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: tensors and NumPy numbers as Python numbers, non-finite ones as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
+    named = {f"{kind}/{name}": value for name, value in values.items()}
+    for layer, figures in values.get("layers", {}).items():
+        named |= {f"layers/{layer}/{name}": value for name, value in figures.items()}
+    return {name: value for name, value in named.items() if type(value) in (int, float)}
+
+
+def _import_wandb(project: str) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"metrics.wandb_project is {project!r} and the package wandb is not installed: "
+            "run `pip install llm-cht[wandb]` or remove the setting"
+        ) from error
+    return wandb
+
+
+def _start_wandb(run: Path, project: str, config: Mapping[str, Any] | None) -> Any:
+    """The W&B run of this run folder: its id lies in the folder, so that a resume continues the same curves."""
+    id_file = run / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(8), encoding="utf-8")
+    tracker = _import_wandb(project).init(
+        project=project,
+        id=id_file.read_text(encoding="utf-8"),
+        name=run.name,
+        dir=str(run),
+        config=dict(config or {}),
+        resume="allow",
+    )
+    tracker.define_metric("*", step_metric="step")
+    return tracker
