@@ -1,0 +1,265 @@
+"""The sparse model on disk: a plain Hugging Face folder with exact zeros, plus which links exist.
+
+The folder holds nothing of ours that stock ``transformers`` would have to know: the weights are dense tensors whose
+missing links are 0, and two small files beside them tell a link whose weight happens to be 0 from a missing one:
+
+- ``topology.safetensors``: layer name -> the bit-packed mask (uint8);
+- ``topology.json``: shapes, counts, preset, step and a digest of all masks.
+
+A folder is written under a hidden name beside its place, forced to disk and renamed, so that a reader finds the old
+folder or the new one, never half of one. ``train.checkpoint`` writes its folders through the same few functions.
+Rejected: sparse file formats (no stock loader reads them), masks as buffers of the model (a stock loader would
+complain of unexpected keys), and ``renameat2(RENAME_EXCHANGE)`` (Linux only; ``settle`` closes the same gap).
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llm_cht.errors import UserError
+from llm_cht.topology import bits
+
+if TYPE_CHECKING:  # the folder of a model can be read without loading transformers
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The links of a model: bool mask (out, in) per layer name, and where they come from."""
+
+    masks: dict[str, Tensor]
+    preset: str
+    step: int  # optimizer steps done when it was written
+
+
+@dataclass(frozen=True)
+class LinkCount:
+    """One layer of a model folder: its links, and how many of them have a weight other than 0."""
+
+    links: int
+    nonzero: int
+
+
+# ---- folders that appear whole ----
+
+
+def _hidden(target: Path, role: str) -> Path:
+    return target.with_name(f".{target.name}.{role}")
+
+
+def settle(target: Path) -> None:
+    """Put right what a killed ``new_folder`` or ``discard`` of ``target`` left behind; touches only their own names."""
+    old = _hidden(target, "old")
+    if old.exists() and not target.exists():  # killed between the two renames
+        old.rename(target)
+    for role in ("new", "old", "trash"):
+        shutil.rmtree(_hidden(target, role), ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a hidden folder to fill; if the block ends well it is forced to disk and takes the place of ``target``.
+
+    If the block fails, the hidden folder is removed and ``target`` is as it was. One writer at a time.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    settle(target)
+    fresh = _hidden(target, "new")
+    fresh.mkdir()
+    try:
+        yield fresh
+        for path in [*fresh.rglob("*"), fresh]:
+            sync(path)
+        if target.exists():
+            target.rename(_hidden(target, "old"))
+        fresh.rename(target)
+        sync(target.parent)
+    finally:
+        settle(target)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder such that a kill never leaves half of it under its own name."""
+    trash = _hidden(folder, "trash")
+    folder.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(target: Path, needed: int, kept: str) -> Iterator[None]:
+    """Turn a failed write below ``target`` into a ``UserError``.
+
+    ``needed`` is the size in bytes, ``kept`` the sentence that tells the user what is not lost. safetensors and
+    tokenizers raise exceptions of their own for a failed write; both end in the system's "(os error N)".
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        place = next(path for path in target.absolute().parents if path.exists())
+        free = shutil.disk_usage(place).free
+        raise UserError(
+            f"cannot write {target}: {error}. It takes {needed / 1e6:.1f} MB; {free / 1e6:.1f} MB are free there. "
+            f"{kept} Free space or make the folder writable, then start again."
+        ) from error
+
+
+# ---- topology files ----
+
+
+def write_topology(folder: Path, masks: Mapping[str, Tensor], preset: str, step: int, stem: str = "topology") -> None:
+    """Write ``STEM.safetensors`` and ``STEM.json`` into an existing folder; masks are bool (out, in)."""
+    layers = {}
+    for name, mask_OI in masks.items():
+        links = int(mask_OI.sum())
+        layers[name] = {"shape": list(mask_OI.shape), "links": links, "sparsity": 1 - links / mask_OI.numel()}
+    about = {"format": FORMAT, "preset": preset, "step": step, "digest": bits.digest(masks), "layers": layers}
+    save_file({name: bits.pack(mask_OI).cpu() for name, mask_OI in masks.items()}, folder / f"{stem}.safetensors")
+    (folder / f"{stem}.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def read_topology(folder: Path, stem: str = "topology") -> Topology:
+    """Read what ``write_topology`` wrote; ``UserError`` if a file is missing, or the two do not belong together."""
+    about, packed = _read_topology_files(folder, stem)
+    layers = about["layers"]
+    if layers.keys() != packed.keys():
+        odd = sorted(layers.keys() ^ packed.keys())
+        raise _mismatch(folder, stem, f"they name different layers, first {odd[0]!r}")
+    masks = {}
+    for name, layer in layers.items():
+        out_features, in_features = layer["shape"]
+        if packed[name].numel() != (out_features * in_features + 7) // 8:
+            raise _mismatch(folder, stem, f"{packed[name].numel()} bytes of {name!r} are no {layer['shape']} mask")
+        masks[name] = bits.unpack(packed[name], (out_features, in_features))
+        if (links := int(masks[name].sum())) != layer["links"]:
+            raise _mismatch(folder, stem, f"{name!r} has {links} links, the JSON file says {layer['links']}")
+    if bits.digest(masks) != about["digest"]:
+        raise _mismatch(folder, stem, "the digest of the masks is not the one in the JSON file")
+    return Topology(masks, about["preset"], about["step"])
+
+
+def _read_topology_files(folder: Path, stem: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        about = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+        packed = load_file(folder / f"{stem}.safetensors")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} has no {stem}.json and {stem}.safetensors: it is not a model folder of llm-cht; give the "
+            "model/ folder of a run"
+        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _mismatch(folder, stem, f"one cannot be read ({error})") from error
+    fields = {"format": int, "preset": str, "step": int, "digest": str, "layers": dict}
+    if not isinstance(about, dict) or any(not isinstance(about.get(key), kind) for key, kind in fields.items()):
+        raise _mismatch(folder, stem, f"the JSON file lacks one of {', '.join(fields)}")
+    if about["format"] != FORMAT:
+        raise UserError(
+            f"{folder / stem}.json has format {about['format']}, this version reads {FORMAT}: update llm-cht"
+        )
+    return about, packed
+
+
+def _mismatch(folder: Path, stem: str, fault: str) -> UserError:
+    return UserError(
+        f"{folder}: {stem}.json and {stem}.safetensors are damaged or do not belong together: {fault}; "
+        "copy both again from where they came, or export the model again"
+    )
+
+
+# ---- model folder ----
+
+
+def save_model_folder(
+    folder: Path,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    topology: Topology,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a folder that stock ``transformers`` loads: config, generation config, weights, tokenizer, topology.
+
+    The masks of ``topology`` are empty for a dense model. The live model is only read: converted copies of its weights
+    go into a stock model of the same class, which also proves that they fit it. A folder that is already there is
+    replaced if it holds a model of ours. Raises ``UserError`` if it holds anything else, or cannot be written.
+    """
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not empty and not (folder / "topology.json").exists():
+        raise UserError(f"{folder} holds files that llm-cht did not write: give another folder, or empty this one")
+    dense = _stock_copy(model, dtype)
+    for name, mask_OI in topology.masks.items():
+        weight_OI = dense.get_parameter(f"{name}.weight").detach()
+        off = int(weight_OI.masked_fill(mask_OI.to(weight_OI.device), 0).count_nonzero())
+        assert off == 0, f"{off} weights of {name} are not 0 off the mask"
+    needed = sum(tensor.nbytes for tensor in dense.state_dict().values())
+    with disk_errors(folder, needed, "What was in that folder before is untouched."), new_folder(folder) as fresh:
+        dense.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        write_topology(fresh, topology.masks, topology.preset, topology.step)
+
+
+def _stock_copy(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
+    """Copy into an unmodified model of the same class: floats converted to ``dtype``, shared where it is the same."""
+    with torch.device("meta"):
+        dense = type(model)(copy.deepcopy(model.config))
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    dense.load_state_dict(state, assign=True)
+    dense.tie_weights()  # assign made two parameters of tied ones
+    dense.generation_config = copy.deepcopy(model.generation_config)
+    return dense
+
+
+def verify_folder(folder: Path) -> dict[str, LinkCount]:
+    """Check that the weights of a model folder are 0 wherever its topology has no link.
+
+    A link may have weight 0 (history, underflow of a short ``dtype``), hence the two counts. Raises ``UserError``
+    naming the layer where a weight lacks, has another shape or lies off the mask.
+    """
+    masks = read_topology(folder).masks
+    counts: dict[str, LinkCount] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            stored = set(file.keys())
+            for name in masks:
+                if f"{name}.weight" in stored:
+                    counts[name] = _count_links(folder, name, file.get_tensor(f"{name}.weight"), masks[name])
+    if missing := sorted(masks.keys() - counts.keys()):
+        raise UserError(f"{folder}: no weight for {missing[0]!r}, which topology.json lists; export the model again")
+    return counts
+
+
+def _count_links(folder: Path, name: str, weight_OI: Tensor, mask_OI: Tensor) -> LinkCount:
+    if weight_OI.shape != mask_OI.shape:
+        raise UserError(
+            f"{folder}: the weight of {name!r} is {list(weight_OI.shape)}, its mask {list(mask_OI.shape)}; "
+            "the weights and topology.* are of two models: copy the folder again or export the model again"
+        )
+    nonzero_OI = weight_OI != 0
+    if off := int((nonzero_OI & ~mask_OI).sum()):
+        raise UserError(
+            f"{folder}: {off} weights of {name!r} are not 0 where topology.safetensors has no link; "
+            "the weights were changed after the export: export the model again"
+        )
+    return LinkCount(links=int(mask_OI.sum()), nonzero=int((nonzero_OI & mask_OI).sum()))
