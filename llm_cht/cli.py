@@ -1,0 +1,93 @@
+"""The command line: ``llm-cht train``, ``llm-cht prepare``, ``llm-cht report``.
+
+A ``UserError`` is printed without a traceback and ends with code 2; anything else is a defect and keeps its traceback.
+The commands import what they need when they are called, so that ``--help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llm_cht.errors import UserError
+
+_HELP = """\
+usage: llm-cht COMMAND ...
+
+  llm-cht train CONFIG.yaml [--section.key value ...]     train a model (`llm-cht train --help` lists the settings)
+  llm-cht prepare CONFIG.yaml [--section.key value ...]   build tokenizer and token cache, and say what is in them
+  llm-cht report RUN                                      write RUN/report.html
+
+A run is stopped by CTRL-C and goes on by `llm-cht train RUN/config.yaml --resume auto`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 for a mistake of the user."""
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("--help", "-h"):
+        print(_HELP)
+        return 0
+    try:
+        if command not in _COMMANDS:
+            raise UserError(f"unknown command `{command}`; known: {', '.join(_COMMANDS)}")
+        _COMMANDS[command](rest)
+    except UserError as error:
+        print(f"llm-cht: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("llm-cht: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(arguments: Sequence[str]) -> None:
+    from llm_cht.config import parse
+    from llm_cht.report.page import write_report
+    from llm_cht.train.config import RunSettings
+    from llm_cht.train.loop import train
+
+    outcome = train(parse(RunSettings, "llm-cht train", arguments), say=_say)
+    if outcome.stopped_by:
+        return
+    end, run = outcome.summary, outcome.run
+    report = write_report(run)
+    print(
+        f"\nvalidation perplexity  {end['perplexity']:.2f}"
+        f"   (a unigram model of the same tokens: {end['unigram_perplexity']:.1f})\n"
+        f"density                {end['density']:.3f} at the end, {end['average_density']:.3f} on average\n"
+        f"time                   {end['seconds']:.0f} s for {end['tokens']:,} tokens\n"
+        f"model                  {run / 'model'}\n"
+        f"report                 {report}\n"
+        f"resume                 llm-cht train {run / 'config.yaml'} --resume auto"
+    )
+
+
+def _prepare(arguments: Sequence[str]) -> None:
+    from llm_cht.config import parse
+    from llm_cht.data.text import describe, load_text
+    from llm_cht.train.config import RunSettings
+
+    settings = parse(RunSettings, "llm-cht prepare", arguments)
+    print(describe(load_text(settings.data, settings.seed)))
+
+
+def _report(arguments: Sequence[str]) -> None:
+    from llm_cht.report.page import write_report
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise UserError("usage: llm-cht report RUN, where RUN is the folder of a run")
+    print(write_report(Path(arguments[0])))
+
+
+def _say(text: str) -> None:
+    """A line that does not tear the progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "prepare": _prepare, "report": _report}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""``SparseLinear``: a linear layer whose weight is exactly 0 off its mask, at no cost in the forward pass.
+
+The weight stays an ordinary dense Parameter with its own name; it is zero where the mask is False, so the forward pass
+is the dense one. The backward pass masks the weight's gradient, so zero weights with zero moments stay zero under Adam
+with weight decay and clipping, and no step has to enforce anything.
+
+Rejected: ``F.linear(x, w * mask)`` keeps a second dense weight alive per layer until the backward pass and defeats the
+partitioning of ZeRO-3; a parametrization renames the weight in the state dict; a gradient hook runs after the dense
+gradient was accumulated into ``.grad``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _MaskedGradient(torch.autograd.Function):
+    """The dense linear map; in backward the weight's gradient is zeroed off the mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias: Tensor | None, mask_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_OI, mask_OI)
+        return F.linear(x, weight_OI, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight_OI, mask_OI = ctx.saved_tensors
+        grad_y = gradients[0]
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y @ weight_OI
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad_y.flatten(0, -2).mT @ x.flatten(0, -2)
+            grad_weight.mul_(mask_OI.view(torch.uint8))  # 4 to 8 times faster than by bool on CPU
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_y.flatten(0, -2).sum(0)
+        return grad_x, grad_weight, grad_bias, None
+
+
+class SparseLinear(nn.Linear):
+    """``nn.Linear`` with a mask: same parameters, same names, same forward pass; gradients on existing links only.
+
+    ``mask``: bool buffer (out, in), True where a link exists. It is not in the state dict, which therefore is a valid
+    dense one; who owns the topology saves the mask.
+    """
+
+    mask: Tensor
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> SparseLinear:
+        """A sparse layer that shares the Parameters of ``linear``, every link existing."""
+        shell = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        shell.weight, shell.bias = linear.weight, linear.bias
+        mask = torch.ones(linear.weight.shape, dtype=torch.bool, device=linear.weight.device)
+        shell.register_buffer("mask", mask, persistent=False)
+        return shell.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return _MaskedGradient.apply(x, weight, bias, self.mask)
+
+    @torch.no_grad()
+    def set_mask(self, mask_OI: Tensor) -> None:
+        """Take over a mask (out, in) and zero the weights off it."""
+        assert mask_OI.shape == self.mask.shape, (mask_OI.shape, self.mask.shape)
+        self.mask.copy_(mask_OI)
+        self.weight.mul_(self.mask)

@@ -1,0 +1,126 @@
+"""Swap the linear layers of a model for sparse ones: all checks first, then the swap, then a report.
+
+A walk over the named modules with one predicate. The swapped layers share the model's Parameters, so references held
+elsewhere (an optimizer, a checkpoint loader) stay valid. Every link exists after the swap; the updater of
+``llm_cht.evolve`` draws the first topology.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from llm_cht.errors import UserError
+from llm_cht.sparse.families import FAMILIES, groups_of
+from llm_cht.sparse.linear import SparseLinear
+from llm_cht.topology.percolate import Group
+
+
+@dataclass
+class SparseSettings:
+    """Which layers become sparse."""
+
+    include: list[str] | None = None
+    """Regular expressions searched in full layer names; null: the projections of the model's family."""
+    exclude: list[str] = field(default_factory=list)
+    """Regular expressions of layers that stay dense."""
+
+
+@dataclass(frozen=True)
+class SparseModel:
+    """A model after surgery."""
+
+    model: nn.Module
+    layers: dict[str, SparseLinear]
+    """by full name, in the order of the model"""
+    groups: tuple[Group, ...]
+    """layers that are evolved together"""
+    dense: tuple[str, ...]
+    """names of the linear layers that were left as they are"""
+
+    def report(self) -> str:
+        """What was swapped, for a person."""
+        kinds = Counter(f"{name.rpartition('.')[2]} {tuple(layer.weight.shape)}" for name, layer in self.layers.items())
+        swapped = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        positions = sum(layer.weight.numel() for layer in self.layers.values())
+        units = sum(len(group.units) for group in self.groups)
+        return (
+            f"sparse layers: {len(self.layers)} with {positions:,} positions in {len(self.groups)} groups, "
+            f"{units} percolation units ({swapped}); dense linear layers: {', '.join(self.dense) or 'none'}"
+        )
+
+
+def sparsify(model: nn.Module, settings: SparseSettings) -> SparseModel:
+    """Swap the chosen linear layers of ``model`` in place for ``SparseLinear``.
+
+    Raises:
+        UserError: nothing matches, an exclusion matches nothing, a chosen layer is no plain ``nn.Linear``, is already
+            sparse, or its weight is shared with another module. The model is then untouched.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    family = FAMILIES.get(model_type)
+    if family is None and settings.include is None:
+        raise UserError(
+            f"model type `{model_type}` has no row in llm_cht/sparse/families.py (known: {', '.join(FAMILIES)}); "
+            "name the layers to swap in `sparse.include`, percolation is then off"
+        )
+    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    chosen = [name for name in linears if _included(name, settings, family.layers if family else frozenset())]
+    excluded = {name for name in chosen for pattern in settings.exclude if re.search(pattern, name)}
+    _check_patterns(settings, linears, chosen, excluded)
+    names = [name for name in chosen if name not in excluded]
+    _check_layers(model, {name: linears[name] for name in names})
+    groups = groups_of(model, family, names)
+    layers = {name: SparseLinear.from_linear(linears[name]) for name in names}
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    return SparseModel(model, layers, groups, tuple(name for name in linears if name not in layers))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Linear layers of any make, quantised ones included, so that those are refused by name and not overlooked."""
+    return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def _included(name: str, settings: SparseSettings, family_layers: frozenset[str]) -> bool:
+    if settings.include is None:
+        return name.rpartition(".")[2] in family_layers
+    return any(re.search(pattern, name) for pattern in settings.include)
+
+
+def _check_patterns(
+    settings: SparseSettings, linears: dict[str, nn.Module], chosen: list[str], excluded: set[str]
+) -> None:
+    examples = ", ".join(list(linears)[:3]) or "none"
+    for key, patterns, names in (("include", settings.include or [], linears), ("exclude", settings.exclude, chosen)):
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in names):
+                raise UserError(f"`sparse.{key}`: {pattern!r} matches no linear layer (the model has e.g. {examples})")
+    if not chosen:
+        raise UserError(f"no linear layer of the model is among its family's projections (it has e.g. {examples})")
+    if not set(chosen) - excluded:
+        raise UserError(f"`sparse.exclude` {settings.exclude} leaves none of the {len(chosen)} chosen layers")
+
+
+def _check_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        if isinstance(layer, SparseLinear):
+            raise UserError(f"layer `{name}` is sparse already; sparsify a model once")
+        if type(layer) is not nn.Linear or not layer.weight.is_floating_point():
+            raise UserError(
+                f"layer `{name}` is {type(layer).__name__} with {layer.weight.dtype} weights, not a plain nn.Linear; "
+                "load the model unquantised, or leave the layer out with `sparse.exclude`"
+            )
+        shared = owners[id(layer.weight)]
+        if len(shared) > 1:
+            raise UserError(
+                f"the weight of `{name}` is shared ({' = '.join(shared)}); a mask would hit both: "
+                "untie it, or leave the layer out with `sparse.exclude`"
+            )

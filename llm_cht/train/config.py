@@ -1,0 +1,136 @@
+"""Root of the settings: nests what each room owns, adds the loop's own, and checks what no room can see alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llm_cht.data.text import DataSettings
+from llm_cht.errors import UserError
+from llm_cht.models import ModelSettings
+from llm_cht.sparse.surgery import SparseSettings
+from llm_cht.topology.method import MethodSettings, resolve
+from llm_cht.train import lr
+from llm_cht.train.engine import Precision
+from llm_cht.train.lr import LrSettings
+from llm_cht.train.metrics import MetricsSettings
+from llm_cht.train.optim import OptimizerSettings
+
+
+@dataclass
+class TrainSettings:
+    """The loop."""
+
+    steps: int = 10000
+    """Optimizer steps of the run."""
+    batch_size: int = 512
+    """Sequences per optimizer step, over all devices."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; null: the whole batch. Smaller ones are accumulated."""
+    precision: Precision = "bf16"
+    """bf16 compute over fp32 weights; fp32; or pure_bf16 (weights and moments in bf16, to reproduce 002)."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the gradient; null: no clipping."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile the model."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does: stop the run, or skip the step."""
+    max_skipped: int = 10
+    """With skip: the run stops after this many skipped steps."""
+
+
+@dataclass
+class ValidationSettings:
+    """Perplexity while training and at the end."""
+
+    every: int | None = 1000
+    """Optimizer steps between validations; null: at the end only."""
+    max_tokens: int | None = 500_000
+    """Tokens per validation while training, null for all; the last one always uses everything."""
+    batch_size: int | None = None
+    """Sequences per forward pass; null: as in training."""
+
+
+@dataclass
+class CheckpointSettings:
+    """What is saved, and when."""
+
+    every: int | None = 1000
+    """Optimizer steps between checkpoints; null: on a signal and at the end only."""
+    keep_last: int = 2
+    """Checkpoints kept besides the best one."""
+    save_best: bool = True
+    """Also save whenever a validation gives the lowest perplexity so far."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of RUN/model."""
+
+
+@dataclass
+class RunSettings:
+    """Everything that a run is."""
+
+    run: str = "runs/default"
+    """Folder of the run."""
+    seed: int = 0
+    """Of the weights, the topology and the order of the data."""
+    resume: str | None = None
+    """auto: the newest good checkpoint of the run folder, if any; or the path of a checkpoint or run."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """The model."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """Text, tokenizer and sequences."""
+    sparse: SparseSettings = field(default_factory=SparseSettings)
+    """Which layers are sparse."""
+    method: MethodSettings = field(default_factory=MethodSettings)
+    """How the topology starts and evolves."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """The optimizer."""
+    lr: LrSettings = field(default_factory=LrSettings)
+    """The learning rate over time."""
+    train: TrainSettings = field(default_factory=TrainSettings)
+    """The loop."""
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    """Perplexity while training."""
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    """Checkpoints and export."""
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    """What is written down."""
+
+
+def check(settings: RunSettings) -> None:
+    """Refuse settings that cannot work, before anything is built or written.
+
+    Raises:
+        UserError: naming the key, its value and the remedy.
+    """
+    train = settings.train
+    positive = {
+        "train.steps": train.steps,
+        "train.batch_size": train.batch_size,
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.max_skipped": train.max_skipped,
+        "validation.every": settings.validation.every,
+        "validation.max_tokens": settings.validation.max_tokens,
+        "validation.batch_size": settings.validation.batch_size,
+        "checkpoint.every": settings.checkpoint.every,
+        "checkpoint.keep_last": settings.checkpoint.keep_last,
+    }
+    for key, value in positive.items():
+        if value is not None and value < 1:
+            raise UserError(f"`{key}` = {value}: must be at least 1")
+    if train.clip_norm is not None and not train.clip_norm > 0:
+        raise UserError(f"`train.clip_norm` = {train.clip_norm}: must be above 0; null switches clipping off")
+    micro = train.micro_batch_size or train.batch_size
+    if train.batch_size % micro:
+        raise UserError(
+            f"`train.batch_size` = {train.batch_size} is no multiple of `train.micro_batch_size` = {micro}; "
+            "change one of them"
+        )
+    resolve(settings.method, train.steps)
+    lr.check(settings.lr, train.steps)
+    settings.optimizer.check()
+    settings.metrics.check()

@@ -1,0 +1,265 @@
+"""The training loop: one step, then what is due after it (topology update, metrics, validation, checkpoint).
+
+The loop knows no method and no model. A topology update runs after the optimizer step of its iteration. Everything
+that decides the next step is in the checkpoint, so a resumed run equals an unbroken one bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from llm_cht import config
+from llm_cht.data.text import unigram_perplexity
+from llm_cht.errors import UserError
+from llm_cht.sparse.folder import Topology, save_model_folder, write_topology
+from llm_cht.train import lr
+from llm_cht.train.build import Built, build
+from llm_cht.train.checkpoint import CheckpointStore
+from llm_cht.train.config import RunSettings, check
+from llm_cht.train.metrics import Meter, MetricsLog, peak_tflops, training_flops_per_token
+from llm_cht.train.rundir import open_run
+from llm_cht.train.signals import StopSignals
+from llm_cht.train.state import collect, restore
+from llm_cht.train.validate import Validation, count_targets, validate
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    run: Path
+    stopped_by: str | None
+    """name of the signal that ended the run early; None: it ran to its end"""
+    summary: dict[str, Any]
+    """empty when stopped early"""
+
+
+def train(settings: RunSettings, say: Callable[[str], None] = print) -> Outcome:
+    """Train as ``settings`` ask, into ``settings.run``.
+
+    Raises:
+        UserError: a mistake in the settings, files or environment; a loss that is not finite.
+    """
+    check(settings)
+    with StopSignals() as signals:
+        built = build(settings, say)
+        run, checkpoint = open_run(settings, say)
+        log = MetricsLog(run, settings.metrics, config=yaml.safe_load(config.dump(settings)))
+        try:
+            loop = Loop(built, run, log, signals, say)
+            if checkpoint is None:
+                log.truncate_after(-1)
+                loop.begin()
+            else:
+                _check_data(checkpoint.state["data_fingerprint"], built.data.fingerprint, str(checkpoint.path))
+                restore(built.parts, checkpoint)
+                log.truncate_after(checkpoint.step)
+                say(f"resumed from {checkpoint.path}")
+            return loop.run_to_end()
+        finally:
+            log.close()
+
+
+def _check_data(saved: str, now: str, place: str) -> None:
+    if saved != now:
+        raise UserError(
+            f"the data differ from those of {place} (fingerprint {now[:12]} now, {saved[:12]} then): a file, the "
+            "tokenizer or the standard library changed; restore them, or start another run with `--run`"
+        )
+
+
+class Loop:
+    """The loop over the parts of one run."""
+
+    def __init__(
+        self, built: Built, run: Path, log: MetricsLog, signals: StopSignals, say: Callable[[str], None]
+    ) -> None:
+        self.built, self.run, self.log, self.signals, self.say = built, run, log, signals, say
+        self.settings = built.settings
+        self.progress = built.parts.progress
+        self.store = CheckpointStore(run / "checkpoints", self.settings.checkpoint.keep_last)
+        flops = training_flops_per_token(built.model, self.settings.data.sequence_length)
+        peak = peak_tflops(built.engine.device, self.settings.metrics)
+        self.meter = Meter(built.engine.device, flops, peak, built.engine.accelerator.num_processes)
+        self.density = 1.0
+
+    def begin(self) -> None:
+        """Draw the first topology of a fresh run and write down where it starts."""
+        lonely = {"outputs": 0, "inputs": 0}
+        if self.built.updater:
+            lonely = self.built.updater.start()
+            write_topology(self.run, self._topology(), stem="topology_start")
+        self.log.log("start", 0, 0, self.built.start_record(lonely))
+
+    def run_to_end(self) -> Outcome:
+        """Steps until the run is complete or a signal asks to stop."""
+        total, progress, updater = self.settings.train.steps, self.progress, self.built.updater
+        self.density = updater.density() if updater else 1.0
+        bar = tqdm(total=total, initial=progress.step, desc="train", unit="step", dynamic_ncols=True, disable=None)
+        with bar:
+            while progress.step < total and not self.signals.requested:
+                figures = self._step()
+                if updater and updater.due(progress.step):
+                    self.log.log("topology", progress.step, progress.tokens, updater.update(progress.step))
+                    self.density = updater.density()
+                if progress.step % self.settings.metrics.every == 0 or progress.step in (1, total):
+                    self._write_train(figures, bar)
+                bar.update()
+                with self.meter.paused():
+                    self._after_step(total)
+        if progress.step < total:
+            path = self.store.root / f"step-{progress.step:08d}"
+            if not path.is_dir():
+                path = self.save()
+            self.say(f"{self.signals.requested}: saved {path}\nresume with: {self.resume_command}")
+            return Outcome(self.run, self.signals.requested, {})
+        return Outcome(self.run, None, self._finish())
+
+    @property
+    def resume_command(self) -> str:
+        """What a user types to go on."""
+        return f"llm-cht train {self.run / 'config.yaml'} --resume auto"
+
+    def _step(self) -> dict[str, float]:
+        """One optimizer step on one global batch."""
+        built, progress, settings = self.built, self.progress, self.settings
+        batch = built.data.train.batch(progress.step * settings.train.batch_size, settings.train.batch_size)
+        targets = count_targets(batch["labels"])
+        step = progress.step + 1
+        factor, rewarm = self._lr_factors(step)
+        for group in built.optimizer.param_groups:
+            group["lr"] = settings.optimizer.lr * factor * rewarm
+        micro = settings.train.micro_batch_size or settings.train.batch_size
+        loss = 0.0
+        for first in range(0, settings.train.batch_size, micro):
+            inputs = {key: value[first : first + micro].to(built.engine.device) for key, value in batch.items()}
+            with built.engine.accelerator.accumulate(built.forward):
+                with built.engine.autocast():
+                    # accelerate divides by the number of passes: the sum over them is the mean over all targets
+                    part = built.forward(
+                        **inputs, use_cache=False, num_items_in_batch=targets / built.accumulation_steps
+                    ).loss
+                built.engine.accelerator.backward(part)
+            loss += part.item() / built.accumulation_steps
+        limit = math.inf if settings.train.clip_norm is None else settings.train.clip_norm
+        norm = float(built.engine.accelerator.clip_grad_norm_(built.model.parameters(), limit))
+        if math.isfinite(loss) and math.isfinite(norm):
+            built.optimizer.step()
+        else:
+            self._skip(step, loss, norm)
+        built.optimizer.zero_grad(set_to_none=True)
+        progress.step = step
+        progress.tokens += targets
+        progress.density_sum += self.density
+        self.meter.add(targets)
+        return {"loss": loss, "lr": settings.optimizer.lr * factor * rewarm, "rewarm": rewarm, "grad_norm": norm}
+
+    def _lr_factors(self, step: int) -> tuple[float, float]:
+        updater = self.built.updater
+        base = lr.base_factor(self.settings.lr, step, self.settings.train.steps)
+        if updater is None:
+            return base, 1.0
+        interval = updater.method.updates.interval
+        return base, lr.rewarm_factor(self.settings.lr, step, updater.last_update, interval)
+
+    def _skip(self, step: int, loss: float, norm: float) -> None:
+        """A loss or gradient that is not finite: count it, or stop the run; the checkpoints stay as they are."""
+        train, progress = self.settings.train, self.progress
+        progress.skipped += 1
+        if train.on_nonfinite == "skip" and progress.skipped <= train.max_skipped:
+            self.say(f"step {step} skipped: loss {loss}, gradient norm {norm}")
+            return
+        why = f"; {progress.skipped - 1} steps were skipped before" if train.on_nonfinite == "skip" else ""
+        raise UserError(
+            f"step {step}: loss {loss}, gradient norm {norm}{why}. No checkpoint was overwritten. Lower "
+            f"`optimizer.lr` or `train.clip_norm`, or set `train.on_nonfinite: skip`; go on with: {self.resume_command}"
+        )
+
+    def _write_train(self, figures: dict[str, float], bar: tqdm) -> None:
+        progress = self.progress
+        speed = self.meter.read()
+        average = progress.density_sum / progress.step
+        record = figures | speed | {"density": self.density, "average_density": average}
+        self.log.log("train", progress.step, progress.tokens, record)
+        shown = {"loss": f"{figures['loss']:.3f}", "lr": f"{figures['lr']:.1e}"}
+        shown["tok/s"] = f"{speed['tokens_per_second']:,.0f}"
+        if self.built.updater:
+            shown["density"] = f"{self.density:.3f}"
+        if progress.last_validation:
+            shown["val ppl"] = f"{math.exp(min(progress.last_validation['loss'], 700)):.1f}"
+        bar.set_postfix(shown, refresh=False)
+
+    def _after_step(self, total: int) -> None:
+        """Validation and checkpoint where they are due; the last step is left to ``_finish``."""
+        step, settings = self.progress.step, self.settings
+        if step == total:
+            return
+        best = False
+        if settings.validation.every and step % settings.validation.every == 0:
+            best = self._validate(settings.validation.max_tokens)
+        due = settings.checkpoint.every is not None and step % settings.checkpoint.every == 0
+        if due or (best and settings.checkpoint.save_best):
+            self.save(best)
+
+    def _validate(self, max_tokens: int | None) -> bool:
+        """Validate and write it down; returns whether the loss is the lowest so far."""
+        progress = self.progress
+        result = self.validation(max_tokens)
+        progress.last_validation = {"loss": result.loss, "step": progress.step}
+        record = {"loss": result.loss, "perplexity": result.perplexity, "validation_tokens": result.num_tokens}
+        self.log.log("validation", progress.step, progress.tokens, record | {"full": max_tokens is None})
+        best = progress.best_loss is None or result.loss < progress.best_loss
+        if best:
+            progress.best_loss = result.loss
+        return best
+
+    def validation(self, max_tokens: int | None) -> Validation:
+        """Cross-entropy on the validation split, on all of it where ``max_tokens`` is None."""
+        train = self.settings.train
+        size = self.settings.validation.batch_size or train.micro_batch_size or train.batch_size
+        batches = self.built.data.validation.batches(size, max_tokens)
+        shown = tqdm(batches, desc="validate", unit="batch", leave=False, dynamic_ncols=True, disable=None)
+        return validate(self.built.forward, shown, self.built.engine)
+
+    def save(self, best: bool = False) -> Path:
+        """Write a checkpoint; no signal interrupts it."""
+        tensors, values = collect(self.built.parts)
+        values["settings"] = yaml.safe_load(config.dump(self.settings))
+        values["data_fingerprint"] = self.built.data.fingerprint
+        with self.signals.hold():
+            return self.store.save(self.progress.step, tensors, values, best)
+
+    def _topology(self) -> Topology:
+        updater, progress = self.built.updater, self.progress
+        masks = updater.masks if updater else {}
+        return Topology(masks, self.settings.method.preset, progress.step)
+
+    def _finish(self) -> dict[str, Any]:
+        """Full validation, last checkpoint, export, summary."""
+        built, progress = self.built, self.progress
+        best = self._validate(None)
+        self.save(best)
+        dtype = getattr(torch, self.settings.checkpoint.export_dtype)
+        with self.signals.hold():
+            save_model_folder(self.run / "model", built.model, built.data.tokenizer, self._topology(), dtype)
+        loss = progress.last_validation["loss"]
+        summary = {
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "unigram_perplexity": unigram_perplexity(built.data.validation),
+            "density": self.density,
+            "average_density": progress.density_sum / progress.step,
+            "tokens": progress.tokens,
+            "skipped": progress.skipped,
+            "seconds": self.log.seconds,
+            "mask_digest": built.updater.digest() if built.updater else None,
+        }
+        self.log.log("end", progress.step, progress.tokens, {"summary": summary})
+        return summary

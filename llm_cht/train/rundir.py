@@ -1,0 +1,82 @@
+"""The folder of a run: who may write into it, and whether a resume is a resume of the same run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm_cht import config
+from llm_cht.errors import UserError
+from llm_cht.train.checkpoint import Checkpoint, resolve
+from llm_cht.train.config import RunSettings
+
+_MAY_CHANGE = (
+    "run",
+    "resume",
+    "metrics.",
+    "checkpoint.",
+    "validation.",
+    "train.device",
+    "train.micro_batch_size",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.on_nonfinite",
+    "train.max_skipped",
+    "data.cache_dir",
+    "data.num_workers",
+    "method.workspace_mb",
+)
+"""Settings that a resumed run may change: they decide how it is computed or watched, not what it is."""
+
+
+def open_run(settings: RunSettings, say: Callable[[str], None]) -> tuple[Path, Checkpoint | None]:
+    """The run folder, made if need be, and the checkpoint to go on from.
+
+    Raises:
+        UserError: the folder holds another run, cannot be written, or the checkpoint is of a run with other settings.
+    """
+    run = Path(settings.run)
+    checkpoint = resolve(settings.resume, run / "checkpoints", say)
+    existing = run / "config.yaml"
+    if existing.exists() and settings.resume is None:
+        raise UserError(
+            f"{run} holds a run already; go on with it by `--resume auto`, or give another folder with `--run`"
+        )
+    if not existing.exists() and run.is_dir() and any(run.iterdir()):
+        raise UserError(f"{run} is not empty and holds no run; give an empty or new folder with `--run`")
+    if checkpoint is not None:
+        _check_same(checkpoint.state["settings"], settings, str(checkpoint.path))
+    elif existing.exists():
+        _check_same(yaml.safe_load(existing.read_text(encoding="utf-8")), settings, str(existing))
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        partial = run / ".config.yaml.partial"
+        partial.write_text(config.dump(settings), encoding="utf-8")
+        os.replace(partial, existing)
+    except OSError as error:
+        raise UserError(f"run folder {run}: {error.strerror}; give a folder you may write to with `--run`") from error
+    return run, checkpoint
+
+
+def _check_same(saved: dict[str, Any], settings: RunSettings, place: str) -> None:
+    old, new = _flat(saved), _flat(yaml.safe_load(config.dump(settings)))
+    for key in {**old, **new}:
+        if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE):
+            raise UserError(
+                f"`{key}` is {new.get(key)!r} now and was {old.get(key)!r} in {place}; a resumed run keeps it: "
+                "resume with RUN/config.yaml, or start another run with `--run`"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,120 @@
+"""Everything that a run is, to and from tensors and plain values; ``checkpoint.py`` writes those.
+
+Optimizer moments are stored by parameter name, so that a file can be read without the program that wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llm_cht.errors import UserError
+from llm_cht.evolve.updater import TopologyUpdater
+from llm_cht.train.checkpoint import Checkpoint, random_state, restore_random_state
+
+
+@dataclass
+class Progress:
+    """The counters of the loop."""
+
+    step: int = 0
+    """optimizer steps done"""
+    tokens: int = 0
+    """predicted tokens trained on"""
+    density_sum: float = 0.0
+    """density summed over the steps done; over ``step`` it is the average density"""
+    skipped: int = 0
+    """steps skipped for a loss that was not finite"""
+    best_loss: float | None = None
+    """lowest validation loss"""
+    last_validation: dict[str, float] = field(default_factory=dict)
+    """loss and step of the latest validation"""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The live objects of a run that have state."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    updater: TopologyUpdater | None
+    """None for a dense run"""
+    data: Any
+    """the training batches: ``state_dict`` and ``load_state_dict`` of plain values"""
+    progress: Progress
+
+
+def collect(parts: Parts) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors by file, and plain values: all that ``restore`` needs."""
+    topology, topology_values = parts.updater.state_dict() if parts.updater else ({}, None)
+    random, random_values = random_state()
+    tensors = {
+        "model": dict(parts.model.state_dict()),
+        "optimizer": _moments(parts.model, parts.optimizer),
+        "topology": topology,
+        "random": random,
+    }
+    values = {
+        "progress": asdict(parts.progress),
+        "data": parts.data.state_dict(),
+        "topology": topology_values,
+        "random": random_values,
+    }
+    return tensors, values
+
+
+def restore(parts: Parts, checkpoint: Checkpoint) -> None:
+    """Set every part to what it was when ``checkpoint`` was saved.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    _load_weights(parts.model, checkpoint)
+    _load_moments(parts.model, parts.optimizer, checkpoint.tensors["optimizer"])
+    if parts.updater:
+        parts.updater.load_state_dict(checkpoint.tensors["topology"], checkpoint.state["topology"])
+    parts.data.load_state_dict(checkpoint.state["data"])
+    for key, value in checkpoint.state["progress"].items():
+        setattr(parts.progress, key, value)
+    restore_random_state(checkpoint.tensors["random"], checkpoint.state["random"])
+
+
+def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    own, saved = model.state_dict(), checkpoint.tensors["model"]
+    odd = sorted(own.keys() ^ saved.keys()) or [k for k in own if own[k].shape != saved[k].shape]
+    if odd:
+        raise UserError(
+            f"{checkpoint.path} is of another model: `{odd[0]}` differs; "
+            "resume with the config that the run started with (RUN/config.yaml)"
+        )
+    model.load_state_dict(saved)
+
+
+def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def _load_moments(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
+    """Through the optimizer's own ``load_state_dict``, which puts every tensor on its device."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for key, value in saved.items():
+        name, _, moment = key.rpartition(".")
+        by_parameter.setdefault(name, {})[moment] = value
+    packed = optimizer.state_dict()
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    packed["state"] = {i: by_parameter[names[p]] for i, p in enumerate(ordered) if names[p] in by_parameter}
+    optimizer.load_state_dict(packed)
+
+
+def as_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name like ``float32``."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype), name
+    return dtype
