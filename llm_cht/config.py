@@ -40,22 +40,11 @@ def parse(root: type[Settings], program: str, arguments: Sequence[str]) -> Setti
     _check_keys(_override_keys(overrides), known, place="the command line")
     parser = _parser(root, program)
     try:
-        namespace = parser.parse_args([*(f"--config={file}" for file in files), *overrides])
+        namespace = parser.instantiate(parser.parse_args([*(f"--config={file}" for file in files), *overrides]))
     except ArgumentError as error:
         raise UserError(_readable(str(error))) from error
     values = {field.name: namespace[field.name] for field in dataclasses.fields(root)}  # type: ignore[arg-type]
     return root(**values)
-
-
-def from_mapping(root: type[Settings], values: dict[str, Any], place: str) -> Settings:
-    """Settings of type ``root`` from nested plain values (a loaded YAML file), checked as ``parse`` checks them."""
-    _check_keys(_flat_keys(values), known_keys(root), place)
-    parser = _parser(root, "llm-cht")
-    try:
-        namespace = parser.parse_object(values)
-    except ArgumentError as error:
-        raise UserError(f"{place}: {_readable(str(error))}") from error
-    return root(**{field.name: namespace[field.name] for field in dataclasses.fields(root)})  # type: ignore[arg-type]
 
 
 def dump(settings: Any) -> str:
