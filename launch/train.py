@@ -1,4 +1,4 @@
-"""``llm-cht train`` as a script, for launchers that start a file: ``accelerate launch launch/train.py CONFIG.yaml ...``.
+"""``llm-cht train`` as a script: ``accelerate launch launch/train.py CONFIG.yaml --section.key value``.
 
 A console script is not a file that ``accelerate launch`` or ``torchrun`` finds on every system, hence these lines; they
 add nothing to the command.
