@@ -13,7 +13,7 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,15 +116,19 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log({"step": step, "tokens": tokens, **scalars})
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, again: Collection[str] = ("end",)) -> None:
         """Take back what stands behind the resumed ``step`` (-1: everything), so that no record stands twice.
 
-        Drops the records of later steps, the ``end`` record (the resumed run writes its own) and a torn last line; the
-        file is replaced atomically. ``seconds`` goes on from the last record kept, and TensorBoard hides the later
+        Drops the records of later steps, those of this step whose kind the resumed run writes ``again``, and a torn
+        last line; the file is replaced atomically. ``seconds`` goes on from the last record kept, and TensorBoard hides the later
         events. W&B cannot take points back and shows the repeated steps twice.
         """
         assert "_tensorboard" not in vars(self), "truncate_after comes before the first log()"
-        records = [r for r in read_metrics(self.path) if r["step"] <= step and r["kind"] != "end"]
+        records = [
+            record
+            for record in read_metrics(self.path)
+            if record["step"] < step or (record["step"] == step and record["kind"] not in again)
+        ]
         self._file.close()
         partial = self.path.with_suffix(".jsonl.partial")
         with partial.open("w", encoding="utf-8") as file:

@@ -78,11 +78,17 @@ def test_truncate_drops_later_records_and_the_torn_line_and_the_clock_goes_on(tm
 
 def test_truncate_takes_back_the_end_and_with_minus_one_everything(tmp_path):
     log = write_steps(tmp_path, [1, 2])
+    log.log("validation", 1, 100, {"perplexity": 3.0})
+    log.log("validation", 2, 200, {"perplexity": 3.0})
     log.log("end", 2, 200, {"perplexity": 3.0})
     log.close()
     log = MetricsLog(tmp_path, MetricsSettings())
     log.truncate_after(2)
-    assert [record["kind"] for record in read_metrics(log.path)] == ["train", "train"]
+    assert [record["kind"] for record in read_metrics(log.path)] == ["train", "train", "validation", "validation"]
+    log.truncate_after(2, again=("end", "validation"))
+    assert [record["step"] for record in read_metrics(log.path)] == [1, 2, 1]
+    log.truncate_after(1, again=("validation",))
+    assert [record["kind"] for record in read_metrics(log.path)] == ["train"]
     log.truncate_after(-1)
     assert read_metrics(log.path) == []
     assert log.seconds < 100
