@@ -120,8 +120,8 @@ class MetricsLog:
         """Take back what stands behind the resumed ``step`` (-1: everything), so that no record stands twice.
 
         Drops the records of later steps, those of this step whose kind the resumed run writes ``again``, and a torn
-        last line; the file is replaced atomically. ``seconds`` goes on from the last record kept, and TensorBoard hides the later
-        events. W&B cannot take points back and shows the repeated steps twice.
+        last line; the file is replaced atomically. ``seconds`` goes on from the last record kept, and TensorBoard hides
+        the later events. W&B cannot take points back and shows the repeated steps twice.
         """
         assert "_tensorboard" not in vars(self), "truncate_after comes before the first log()"
         records = [
