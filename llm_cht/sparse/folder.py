@@ -119,7 +119,7 @@ def disk_errors(target: Path, needed: int, kept: str) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, OSError) and "(os error " not in str(error):
             raise
-        place = next(path for path in target.absolute().parents if path.exists())
+        place = next(path for path in target.absolute().parents if os.path.isdir(path))
         free = shutil.disk_usage(place).free
         raise UserError(
             f"cannot write {target}: {error}. It takes {needed / 1e6:.1f} MB; {free / 1e6:.1f} MB are free there. "
@@ -172,14 +172,25 @@ def _read_topology_files(folder: Path, stem: str) -> tuple[dict[str, Any], dict[
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise _mismatch(folder, stem, f"one cannot be read ({error})") from error
-    fields = {"format": int, "preset": str, "step": int, "digest": str, "layers": dict}
-    if not isinstance(about, dict) or any(not isinstance(about.get(key), kind) for key, kind in fields.items()):
-        raise _mismatch(folder, stem, f"the JSON file lacks one of {', '.join(fields)}")
+    if not _well_formed(about):
+        raise _mismatch(folder, stem, "the JSON file lacks a field, or holds another type there")
     if about["format"] != FORMAT:
         raise UserError(
             f"{folder / stem}.json has format {about['format']}, this version reads {FORMAT}: update llm-cht"
         )
     return about, packed
+
+
+def _well_formed(about: Any) -> bool:
+    fields = {"format": int, "preset": str, "step": int, "digest": str, "layers": dict}
+    if not isinstance(about, dict) or any(not isinstance(about.get(key), kind) for key, kind in fields.items()):
+        return False
+    return all(
+        isinstance(layer, dict)
+        and isinstance(layer.get("links"), int)
+        and [type(size) for size in layer.get("shape", ())] == [int, int]
+        for layer in about["layers"].values()
+    )
 
 
 def _mismatch(folder: Path, stem: str, fault: str) -> UserError:

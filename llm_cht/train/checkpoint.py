@@ -124,16 +124,21 @@ class CheckpointStore:
 
     def _folders(self) -> list[Path]:
         """Folders of checkpoints by ascending step."""
-        if not self.root.is_dir():
-            return []
-        return sorted((path for path in self.root.iterdir() if _NAME.fullmatch(path.name)), key=_step)
+        return sorted((self.root / name for name in self._names() if _NAME.fullmatch(name)), key=_step)
 
     def _sweep(self) -> None:
         """Remove what killed saves left behind."""
-        if self.root.is_dir():
-            for path in list(self.root.iterdir()):
-                if leftover := _LEFTOVER.fullmatch(path.name):
-                    settle(self.root / leftover[1])
+        for name in self._names():
+            if leftover := _LEFTOVER.fullmatch(name):
+                settle(self.root / leftover[1])
+
+    def _names(self) -> list[str]:
+        try:
+            return os.listdir(self.root)
+        except FileNotFoundError:  # no checkpoint yet
+            return []
+        except OSError as error:
+            raise UserError(f"cannot look for checkpoints in {self.root}: {error}; give a readable folder") from error
 
     def _point_to_best(self) -> None:
         best = self.best()
@@ -163,7 +168,7 @@ def resolve(resume: str | None, root: Path, warn: Callable[[str], None]) -> Chec
     if resume == "auto":
         return CheckpointStore(root, keep_last=1).newest(warn)
     path = Path(resume)
-    if _NAME.fullmatch(path.name) or (path / "manifest.json").exists():
+    if _NAME.fullmatch(path.name) or os.path.exists(path / "manifest.json"):
         return CheckpointStore(path.parent, keep_last=1).load(path)
     for folder in (path / "checkpoints", path):
         found = CheckpointStore(folder, keep_last=1).newest(warn)
