@@ -1,0 +1,103 @@
+"""Tokenizers: a byte-level BPE trained on the training documents, any of the hub or of a folder, sentencepiece models.
+
+Documents are encoded as the tokenizer itself does it (a LLaMA tokenizer puts its begin token), plus an end token where
+it puts none, so that the exported model sees in use what it saw in training. The trained tokenizer has <pad>, <s>, </s>
+as 0, 1, 2 (a LLaMA config's numbers for begin and end) and puts none of them by itself; where a text spells one of
+them, it is read as text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from llm_cht.errors import UserError
+
+PAD, BEGIN, END = "<pad>", "<s>", "</s>"
+_NUM_BYTES = 256
+_SPECIAL = (PAD, BEGIN, END)
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int, max_bytes: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE of at most ``vocab_size`` tokens, from the first documents up to ``max_bytes`` of text.
+
+    Raises:
+        UserError: a vocabulary without room for the bytes and the special tokens.
+    """
+    smallest = _NUM_BYTES + len(_SPECIAL)
+    if vocab_size < smallest:
+        raise UserError(f"data.vocab_size: {vocab_size}: a byte-level vocabulary needs at least {smallest}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(_first_bytes(documents, max_bytes), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD, split_special_tokens=True
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, a sentencepiece `.model` file, or on the hub.
+
+    Raises:
+        UserError: not found, not readable, without an end token, or the sentencepiece extra is missing.
+    """
+    place = f"data.tokenizer: {name}"
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{place}: it has no end token, which separates documents; take a tokenizer with an eos token")
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
+    """Token numbers (int64) of each text, an end token last."""
+    end = tokenizer.eos_token_id
+    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    return [np.array(ids if ids and ids[-1] == end else [*ids, end], dtype=np.int64) for ids in encoded]
+
+
+def smallest_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Embeddings a model needs for this tokenizer: the largest number of a token, plus one."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Refuse a model of ``vocab_size`` embeddings that is too small for the tokenizer.
+
+    Raises:
+        UserError: the tokenizer has tokens the model has no embedding for.
+    """
+    needed = smallest_vocabulary(tokenizer)
+    if needed > vocab_size:
+        raise UserError(
+            f"the tokenizer has {needed} tokens and the model's vocabulary {vocab_size}; set the model's `vocab_size` "
+            f"to {needed} or more, or take a smaller tokenizer (`data.vocab_size`)"
+        )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of all that decides the tokens of a text."""
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
+    parts = f"{rules} {tokenizer.eos_token_id} {tokenizer.split_special_tokens}"
+    return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+
+
+def _first_bytes(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
+    seen = 0
+    for text in documents:
+        yield text
+        seen += len(text.encode())
+        if seen >= max_bytes:
+            return
