@@ -176,18 +176,20 @@ class TopologyUpdater:
         Raises:
             UserError: the saved layers are not this model's, or the masks are not those that were saved.
         """
+        layers = self.sparse.layers
         saved = {key.removeprefix("mask.") for key in tensors if key.startswith("mask.")}
-        if saved != set(self.sparse.layers):
-            odd = sorted(saved ^ set(self.sparse.layers))
+        if saved != set(layers):
+            odd = sorted(saved ^ set(layers))
             raise UserError(f"the checkpoint's sparse layers differ from the model's, e.g. `{odd[0]}`")
-        for name, layer in self.sparse.layers.items():
-            shape, device = layer.mask.shape, layer.mask.device
-            layer.set_mask(bits.unpack(tensors[f"mask.{name}"], shape).to(device))
-            self.union[name] = bits.unpack(tensors[f"union.{name}"], shape).to(device)
+        masks = {name: bits.unpack(tensors[f"mask.{name}"], layer.mask.shape) for name, layer in layers.items()}
+        if bits.digest(masks) != values["digest"]:
+            raise UserError("the checkpoint's masks do not match their digest; resume from an older checkpoint")
+        for name, layer in layers.items():
+            device = layer.mask.device
+            layer.set_mask(masks[name].to(device))
+            self.union[name] = bits.unpack(tensors[f"union.{name}"], layer.mask.shape).to(device)
             if self.method.settings.new_weight == "history":
-                history = torch.zeros(shape, dtype=torch.float32, device=device)
+                history = torch.zeros(layer.mask.shape, dtype=torch.float32, device=device)
                 history[self.union[name] & ~layer.mask] = tensors[f"history.{name}"].to(device)
                 self.history[name] = history
         self.last_update = values["last_update"]
-        if self.digest() != values["digest"]:
-            raise UserError("the checkpoint's masks do not match their digest; resume from an older checkpoint")

@@ -96,7 +96,7 @@ class Loop:
         lonely = {"outputs": 0, "inputs": 0}
         if self.built.updater:
             lonely = self.built.updater.start()
-            write_topology(self.run, self._topology(), stem="topology_start")
+            write_topology(self.run, self.built.updater.masks, self.settings.method.preset, 0, stem="topology_start")
         self.log.log("start", 0, 0, self.built.start_record(lonely))
 
     def run_to_end(self) -> Outcome:

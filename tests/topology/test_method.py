@@ -1,0 +1,168 @@
+"""The one update that all presets run: exact counts, what may change, and that a preset is only data."""
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from llm_cht.errors import UserError
+from llm_cht.topology.budget import num_links
+from llm_cht.topology.keys import Keys
+from llm_cht.topology.method import PRESETS, MethodSettings, Moment, active_neurons, resolve, update_group
+from llm_cht.topology.percolate import Group, Mlp
+
+GROUP = Group("mlp", ("gate", "up", "down"), (Mlp(("gate", "up"), "down"),))
+NONE: frozenset[str] = frozenset()
+
+
+def start(method, hidden=40, width=24, seed=0):
+    """First masks and weights of a gated MLP."""
+    shapes = {"gate": (hidden, width), "up": (hidden, width), "down": (width, hidden)}
+    masks = {name: method.start(shape, Keys(seed, 0, name)) for name, shape in shapes.items()}
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: torch.randn(shape, generator=generator) * masks[name] for name, shape in shapes.items()}
+    return weights, masks
+
+
+def run(preset: str, updates: int = 6, **overrides):
+    """Masks and changes of some updates on weights that are drawn anew after each."""
+    chosen = MethodSettings(preset=preset, update_interval=10, **overrides)
+    method = resolve(chosen, total_steps=100)
+    weights, masks = start(method)
+    for update in range(1, updates + 1):
+        changes = update_group(method, GROUP, weights, masks, NONE, Moment(10 * update, update, 7))
+        yield method, weights, masks, changes, 10 * update
+        masks = {name: change.mask for name, change in changes.items()}
+        weights = {name: torch.randn(mask.shape) * mask for name, mask in masks.items()}
+
+
+@pytest.mark.parametrize("preset", ["set", "chts", "chtss"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
+def test_counts_are_exact_at_every_update(preset, sparsity):
+    for method, _, masks, changes, step in run(preset, sparsity=sparsity):
+        for name, change in changes.items():
+            links = int(masks[name].sum())
+            target = num_links(change.mask.shape, method.density(step))
+            assert int(change.mask.sum()) == target
+            assert change.pruned == links - target
+            assert change.removed == math.floor(method.zeta(step) * target)
+            assert change.regrown == change.removed + change.percolated
+            assert 0 <= change.returned <= change.regrown
+
+
+def test_inputs_are_not_touched():
+    for _, weights, masks, _, _ in run("chtss", updates=1):
+        copies = {name: (weights[name].clone(), masks[name].clone()) for name in masks}
+        method = resolve(MethodSettings(preset="chtss", update_interval=10), 100)
+        update_group(method, GROUP, weights, masks, NONE, Moment(10, 1, 7))
+        for name, (weight, mask) in copies.items():
+            assert torch.equal(weight, weights[name])
+            assert torch.equal(mask, masks[name])
+
+
+def test_same_inputs_same_masks_and_another_seed_or_update_others():
+    method = resolve(MethodSettings(preset="chts", update_interval=10), 100)
+    weights, masks = start(method)
+
+    def after(update: int, seed: int):
+        changes = update_group(method, GROUP, weights, masks, NONE, Moment(10, update, seed))
+        return torch.cat([change.mask.flatten() for change in changes.values()])
+
+    assert torch.equal(after(1, 0), after(1, 0))
+    assert not torch.equal(after(1, 0), after(2, 0))
+    assert not torch.equal(after(1, 0), after(1, 1))
+
+
+def test_hard_magnitude_removal_takes_the_smallest():
+    method = resolve(MethodSettings(preset="set", update_interval=10, zeta=0.25), 100)
+    weights, masks = start(method)
+    changes = update_group(method, GROUP, weights, masks, NONE, Moment(10, 1, 0))
+    for name, change in changes.items():
+        links = weights[name][masks[name]].abs().sort().values
+        limit = links[change.removed - 1]
+        gone = masks[name] & ~change.mask
+        assert (weights[name][gone].abs() <= limit).all()
+
+
+def test_soft_and_hard_choices_differ():
+    variants = {}
+    for removal in ("hard", "soft"):
+        for regrowth in ("hard", "soft"):
+            rows = run("chts", updates=1, removal_choice=removal, regrowth_choice=regrowth)
+            variants[removal, regrowth] = next(rows)[3]["gate"].mask
+    masks = list(variants.values())
+    assert all(not torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
+
+
+def test_past_end_step_a_density_window_only_prunes():
+    chosen = MethodSettings(preset="chtss", update_interval=10, end_step=20, density_end_step=80, half_window=False)
+    method = resolve(chosen, total_steps=100)
+    weights, masks = start(method)
+    changes = update_group(method, GROUP, weights, masks, NONE, Moment(50, 5, 7))
+    for name, change in changes.items():
+        assert change.removed == change.percolated == change.regrown == 0
+        assert change.pruned > 0
+        assert not (change.mask & ~masks[name]).any()
+    assert [step for step in range(101) if method.due(step)] == list(range(10, 81, 10))
+
+
+def test_due_steps():
+    method = resolve(MethodSettings(preset="chts", update_interval=100), total_steps=1000)
+    assert [step for step in range(1001) if method.due(step)] == [100, 200, 300, 400, 500, 600, 700]
+    assert not any(resolve(MethodSettings(preset="static", update_interval=1), 50).due(step) for step in range(51))
+
+
+def test_the_last_density_is_exactly_the_target():
+    for total in (366, 1000, 999):
+        method = resolve(MethodSettings(preset="chtss", sparsity=0.9, update_interval=20), total)
+        assert method.density(0) == 0.5
+        assert method.density(total) == 1 - 0.9
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    hidden=st.integers(4, 30),
+    width=st.integers(4, 30),
+    sparsity=st.floats(0.1, 0.93),
+    zeta=st.floats(0.01, 0.9),
+    preset=st.sampled_from(["set", "chts", "chtss"]),
+)
+def test_invariants_over_shapes_and_densities(hidden, width, sparsity, zeta, preset):
+    chosen = MethodSettings(preset=preset, sparsity=sparsity, start_sparsity=0.05, zeta=zeta, update_interval=10)
+    method = resolve(chosen, total_steps=100)
+    weights, masks = start(method, hidden, width)
+    changes = update_group(method, GROUP, weights, masks, NONE, Moment(10, 1, 3))
+    for name, change in changes.items():
+        assert int(change.mask.sum()) == num_links(change.mask.shape, method.density(10))
+        assert int((masks[name] & ~change.mask).sum()) <= change.pruned + change.removed + change.percolated
+    active, total = active_neurons(method, GROUP, {n: c.mask for n, c in changes.items()}, NONE)
+    assert 0 <= active <= total == hidden
+
+
+def test_every_preset_sets_every_open_field():
+    open_fields = {f.name for f in fields(MethodSettings) if f.default is None} - {"end_step", "density_end_step"}
+    for row in PRESETS.values():
+        assert set(row) == open_fields
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"sparsity": 1.0}, r"`method.sparsity` = 1.0: .*\[0, 1\)"),
+        ({"sparsity": -0.1}, r"`method.sparsity` = -0.1"),
+        ({"sparsity": math.nan}, r"`method.sparsity` = nan"),
+        ({"zeta": 1.5}, r"`method.zeta` = 1.5"),
+        ({"update_interval": 0}, r"`method.update_interval` = 0: .*at least 1"),
+        ({"end_step": 101}, r"`method.end_step` = 101: .*run of 100 steps"),
+        ({"density_end_step": 200}, r"`method.density_end_step` = 200"),
+        ({"brf_r": 1.1}, r"`method.brf_r` = 1.1"),
+        ({"sparsity": 0.4}, r"`method.start_sparsity` = 0.5: .*`method.sparsity` = 0.4"),
+        ({"workspace_mb": 0}, r"`method.workspace_mb` = 0"),
+        ({"temperature_end": -1.0}, r"temperature_end"),
+    ],
+)
+def test_settings_that_cannot_work(overrides, message):
+    with pytest.raises(UserError, match=message):
+        resolve(MethodSettings(**({"preset": "chtss"} | overrides)), total_steps=100)
