@@ -1,0 +1,148 @@
+"""Percolation: links that no signal can pass, because a neuron lost its inputs or its outputs, are removed.
+
+A unit is a hidden dimension between layers: it knows which of its neurons are dead and which links those hold. The
+rules are exact: the function of the model does not change, but for ``pairing='position'`` under rotary embeddings.
+Dimensions of the residual stream belong to no unit. Rejected: a walk over the graph of all layers, which would have to
+rediscover heads, groups and rotary pairs that the model family knows.
+
+Letters in names: O outputs and I inputs of a layer, H query heads, K key/value heads, D positions of a head (pairs of
+them under rotary embeddings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Masks = Mapping[str, Tensor]
+"""layer name -> bool (out, in)"""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Hidden neurons of an MLP: dead with an empty row in any projection in, or an empty column in the one out.
+
+    The activation must have act(0) = 0.
+    """
+
+    gates: tuple[str, ...]
+    """layers into the hidden dimension: (fc1,), or (gate, up), whose outputs are multiplied"""
+    out: str
+    """layer out of it"""
+
+    def dead(self, masks: Masks, has_bias: frozenset[str]) -> Tensor:
+        """Which neurons are dead, bool (hidden,)."""
+        dead = _empty_columns(masks[self.out])
+        for gate in self.gates:
+            dead = dead | _empty_rows(masks, gate, has_bias)
+        return dead
+
+    def links(self, dead: Tensor) -> dict[str, Tensor]:
+        """The positions of dead neurons in each layer, bool, broadcastable to its mask."""
+        return dict.fromkeys(self.gates, dead[:, None]) | {self.out: dead[None, :]}
+
+
+@dataclass(frozen=True)
+class ValueOutput:
+    """Value rows and the output columns they feed: one column in each query head of the row's group.
+
+    A neuron is a value row, so a model with fewer key/value heads has fewer neurons. It is dead when its row is empty
+    or when all columns that it feeds are.
+    """
+
+    value: str
+    out: str
+    num_heads: int
+    num_kv_heads: int
+
+    def dead(self, masks: Masks, has_bias: frozenset[str]) -> Tensor:
+        """Which neurons are dead, bool (num_kv_heads, head_dim)."""
+        group = self.num_heads // self.num_kv_heads
+        rows_KD = _empty_rows(masks, self.value, has_bias).view(self.num_kv_heads, -1)
+        return rows_KD | _empty_columns(masks[self.out]).view(self.num_kv_heads, group, -1).all(1)
+
+    def links(self, dead: Tensor) -> dict[str, Tensor]:
+        """The positions of dead neurons in each layer, bool, broadcastable to its mask."""
+        columns_HD = dead.repeat_interleave(self.num_heads // self.num_kv_heads, dim=0)
+        return {self.value: dead.flatten()[:, None], self.out: columns_HD.flatten()[None, :]}
+
+
+@dataclass(frozen=True)
+class QueryKey:
+    """Query rows and the key rows they are multiplied with.
+
+    A neuron is one term of the sum that makes an attention logit: a position of a query head, or the rotary pair
+    (i, i + head_dim / 2), which the embedding mixes and which is empty only when both rows are. It is dead when its
+    query or its key rows are empty. Key rows serve every query head of their group and go when dead in all of them.
+    """
+
+    query: str
+    key: str
+    num_heads: int
+    num_kv_heads: int
+    pairing: str
+    """'rotary', or 'position' (row by row; with rotary embeddings this changes the logits)"""
+
+    @property
+    def _rows_per_neuron(self) -> int:
+        return {"rotary": 2, "position": 1}[self.pairing]
+
+    def dead(self, masks: Masks, has_bias: frozenset[str]) -> Tensor:
+        """Which neurons are dead, bool (num_heads, head_dim), or (num_heads, head_dim / 2) for rotary pairs."""
+        query_HD = _empty_rows(masks, self.query, has_bias).view(self.num_heads, self._rows_per_neuron, -1).all(1)
+        key_KD = _empty_rows(masks, self.key, has_bias).view(self.num_kv_heads, self._rows_per_neuron, -1).all(1)
+        return query_HD | key_KD.repeat_interleave(self.num_heads // self.num_kv_heads, dim=0)
+
+    def links(self, dead: Tensor) -> dict[str, Tensor]:
+        """The positions of dead neurons in each layer, bool, broadcastable to its mask."""
+        dead_KD = dead.view(self.num_kv_heads, self.num_heads // self.num_kv_heads, -1).all(1)
+        return {self.query: self._rows(dead), self.key: self._rows(dead_KD)}
+
+    def _rows(self, neurons: Tensor) -> Tensor:
+        return neurons[:, None, :].expand(-1, self._rows_per_neuron, -1).reshape(-1, 1)
+
+
+Unit = Mlp | ValueOutput | QueryKey
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that are evolved together."""
+
+    name: str
+    layers: tuple[str, ...]
+    units: tuple[Unit, ...]
+    """hidden dimensions between the layers; none: nothing percolates"""
+
+
+def percolate(group: Group, masks: Masks, has_bias: frozenset[str]) -> tuple[dict[str, Tensor], int, int]:
+    """Remove every link of a dead neuron, until no more die (paper 002, App. F; made exact).
+
+    Args:
+        group: the units.
+        masks: the group's masks by layer name; not changed.
+        has_bias: layers whose outputs have a bias, so that no row of them is empty; pass none to ignore biases.
+
+    Returns:
+        The new masks of the group's layers, the number of active neurons, the number of all neurons.
+    """
+    new = {name: masks[name] for name in group.layers}
+    before = None
+    while before != (links := sum(int(mask.count_nonzero()) for mask in new.values())):
+        before = links
+        for unit in group.units:
+            for name, positions in unit.links(unit.dead(new, has_bias)).items():
+                new[name] = new[name] & ~positions
+    dead = [unit.dead(new, has_bias) for unit in group.units]
+    return new, sum(int((~neurons).count_nonzero()) for neurons in dead), sum(neurons.numel() for neurons in dead)
+
+
+def _empty_rows(masks: Masks, name: str, has_bias: frozenset[str]) -> Tensor:
+    mask_OI = masks[name]
+    return mask_OI.new_zeros(mask_OI.shape[0]) if name in has_bias else ~mask_OI.any(dim=1)
+
+
+def _empty_columns(mask_OI: Tensor) -> Tensor:
+    return ~mask_OI.any(dim=0)
