@@ -1,0 +1,79 @@
+"""Selection of an exact number of links, hard or sampled, with ties broken by random bits.
+
+Sampling without replacement in proportion to p is taking the k largest of log p plus Gumbel noise, so that both kinds
+are one operation. ``torch.multinomial`` was rejected (at most 2**24 categories, underflow of score**exponent), and so
+was a bare threshold (it takes too many when scores are equal). Memory is linear in the number of scores.
+"""
+
+import torch
+from torch import Tensor
+
+from llm_cht.topology.keys import Keys
+
+
+def top_k(score: Tensor, k: int, keys: Keys, purpose: str, index: Tensor | None = None) -> Tensor:
+    """Return the positions (int64, ascending) of exactly the ``k`` largest of a 1-D ``score`` without NaN.
+
+    Equal scores are taken in the order of their random bits at ``index`` (flat index of each score in the layer;
+    default: its position), which are computed for those alone.
+    """
+    chosen, value, kth = _at_least_kth(score, k)
+    if chosen.numel() == k:
+        return chosen
+    tied = (value == kth).nonzero().squeeze(1)
+    num_wanted = k - chosen.numel() + tied.numel()
+    tied_index = chosen[tied] if index is None else index[chosen[tied]]
+    winners = _at_least_kth(keys.bits(purpose, tied_index), num_wanted)[0]
+    keep = value > kth
+    keep[tied[winners[:num_wanted]]] = True  # [:]: bits may be equal, rarely; the lower positions then
+    return chosen[keep]
+
+
+def choose(
+    score: Tensor, k: int, exponent: float | None, keys: Keys, purpose: str, index: Tensor | None = None
+) -> Tensor:
+    """Return the positions (ascending) of ``k`` links of a 1-D ``score`` >= 0.
+
+    Hard (``exponent`` None): the ``k`` largest. Soft: sampled without replacement, with probability proportional to
+    score**exponent, exponent > 0; a score of 0 is drawn last, in random order.
+    """
+    if exponent is None:
+        return top_k(score, k, keys, purpose, index)
+    assert exponent > 0, exponent
+    position = torch.arange(score.numel(), device=score.device) if index is None else index
+    noisy = keys.gumbel(purpose, position).add_(score.float().log(), alpha=exponent)
+    return top_k(noisy, k, keys, purpose, index)
+
+
+def choose_missing(score_OI: Tensor, mask_OI: Tensor, k: int, exponent: float | None, keys: Keys) -> Tensor:
+    """Return the flat indices (ascending) of ``k`` missing links to regrow; ``score_OI`` is 0 on existing links.
+
+    Positive scores come first, hard or soft (see ``choose``). If fewer than ``k`` are positive all of them are taken
+    and the others drawn uniformly, first where both neurons have links, then among the rest.
+    """
+    score = score_OI.reshape(-1)
+    num_positive = int(score.count_nonzero())
+    if k <= num_positive:
+        return choose(score, k, exponent, keys, "regrow")
+    positive = score > 0
+    empty = (~(mask_OI.reshape(-1) | positive)).nonzero().squeeze(1)
+    assert k <= num_positive + empty.numel(), (k, num_positive, empty.numel())
+    linked_OI = mask_OI.any(dim=1, keepdim=True) & mask_OI.any(dim=0)
+    rank = linked_OI.reshape(-1)[empty].float()
+    filled = empty[top_k(rank, k - num_positive, keys, "fill", empty)]
+    return torch.cat([positive.nonzero().squeeze(1), filled]).sort().values
+
+
+def _at_least_kth(score: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return positions (ascending) and values of the scores that reach the ``k`` th largest, and that one.
+
+    ``topk`` itself is no use beyond this: which of equal scores it takes is not defined.
+    """
+    assert 0 <= k <= score.numel(), (k, score.numel())
+    if k == 0:
+        nothing = score.new_empty(0)
+        return nothing.long(), nothing, nothing
+    assert not score.max().isnan(), "a score is NaN"
+    kth = score.topk(k, sorted=False).values.min()
+    positions = (score >= kth).nonzero().squeeze(1)
+    return positions, score[positions], kth
