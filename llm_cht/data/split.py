@@ -45,9 +45,12 @@ class Split:
         return "validation" if int.from_bytes(digest[:8], "big") < self.fraction * 2**64 else "train"
 
     def documents(self) -> Iterator[tuple[Side, str]]:
-        """What preparation reads: all of ``own`` for validation, then ``source`` up to ``head``."""
-        for text in _all_documents(self.own) if self.own else ():
-            yield "validation" if text.strip() else "blank", text
+        """What preparation reads: all of ``own`` for validation, then ``source``."""
+        own = _all_documents(self.own) if self.own else iter(())
+        return itertools.chain((("validation", text) for text in own if text.strip()), self.source_documents())
+
+    def source_documents(self) -> Iterator[tuple[Side, str]]:
+        """The documents of ``source`` up to ``head``."""
         for text in itertools.islice(_all_documents(self.source), self.head):
             yield self.side(text), text
 

@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llm_cht.data import sources
 from llm_cht.data.cache import built, cache_root
+from llm_cht.data.hub import hub_source, reach
 from llm_cht.data.order import Batches
 from llm_cht.data.pack import Counts, Packer, Sequences, unigram_perplexity
 from llm_cht.data.settings import DataSettings
-from llm_cht.data.split import Split
-from llm_cht.data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_digest, train_bpe
+from llm_cht.data.split import Side, Split
+from llm_cht.data.stream import Packed, Stream, no_sequence
+from llm_cht.data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_digest, train_bpe, trained_bpe
 from llm_cht.errors import UserError
 
 __all__ = ["DataSettings", "TextData", "check_vocabulary", "describe", "load_text", "unigram_perplexity"]
 
 _FORMAT = 1  # of what the cache holds; a new number makes all of it anew
+_SAMPLE_TOKENS = 60
 
 
 class TrainStream(Protocol):
@@ -61,30 +66,46 @@ class TextData:
 def load_text(settings: DataSettings, seed: int) -> TextData:
     """Prepare the text of ``settings``, or open it if the cache has it; ``seed`` draws the order of training.
 
+    Safe to call on all ranks at once: one prepares, the others wait for it.
+
     Raises:
         UserError: settings or data that cannot work; nothing is left behind.
     """
     _check(settings)
     split = _split(settings)
-    place = [settings.text_field, settings.text_documents, settings.stream_head if settings.streaming else None]
-    contents = [source.content(settings.streaming) if source else None for source in (split.source, split.own)]
-    identity = [_FORMAT, *place, *contents, None if split.own else settings.validation_fraction]
+    identity = _identity(settings, split)
     root = cache_root(settings.cache_dir)
     tokenizer = _tokenizer(settings, split, identity, root)
-    how = [tokenizer_digest(tokenizer), settings.sequence_length, settings.packing]
-    fingerprint = sources.digest_of([*identity, *how])
+    length = settings.sequence_length
+    fingerprint = sources.digest_of([*identity, tokenizer_digest(tokenizer), length, settings.packing])
     folder = built(root / f"text-{fingerprint}", partial(_prepare, settings, split, tokenizer))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if settings.streaming:
+        train: Batches | Stream = Stream(split, Packed(tokenizer, length, settings.packing, pad), seed)
+        train.state_dict()  # reads the first document: bad files are refused now
+    else:
+        train = Batches(Sequences(folder / "train.arrow", length, pad), seed)
+    validation = Sequences(folder / "validation.arrow", length, pad)
     counts = {side: Counts(**values) for side, values in json.loads((folder / "counts.json").read_text()).items()}
-    train, validation = (
-        Sequences(folder / f"{side}.arrow", settings.sequence_length, pad) for side in ("train", "validation")
-    )
-    return TextData(tokenizer, Batches(train, seed), validation, fingerprint, counts, folder)
+    return TextData(tokenizer, train, validation, fingerprint, counts, folder)
 
 
 def describe(data: TextData) -> str:
-    """What was prepared, for a person."""
-    return "\n".join(f"{side}: {counts}" for side, counts in data.counts.items()) + f"\n{data.cache}"
+    """What was prepared, for a person: counts of both sides, the tokenizer, a decoded sample, where it is kept."""
+    lines = [f"vocabulary   {len(data.tokenizer):,} tokens"]
+    for side, counts in data.counts.items():
+        lines.append(
+            f"{side:<12} {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.sequences:,} sequences of "
+            f"{data.validation.length}; {counts.bytes / counts.tokens:.2f} bytes a token"
+        )
+        left = f"{counts.unused_tokens:,} tokens unused"
+        left += f", {counts.shared:,} documents also in validation" if counts.shared else ""
+        left += f", {counts.blank:,} blank documents" if counts.blank else ""
+        lines.append(f"{'':<12} left out: {left}")
+    if isinstance(data.train, Stream):
+        lines.insert(1, f"{'train':<12} streamed from {data.train.num_shards:,} shards, tokenized while training")
+    sample = data.tokenizer.decode(data.validation.take(np.array([0]))["input_ids"][0][:_SAMPLE_TOKENS])
+    return "\n".join([*lines, f"sample       {sample!r}", f"cache        {data.cache}"])
 
 
 def _check(settings: DataSettings) -> None:
@@ -96,15 +117,37 @@ def _check(settings: DataSettings) -> None:
 
 
 def _split(settings: DataSettings) -> Split:
+    source, validation = _names(settings.source), _names(settings.validation)
+    on_hub = source != ["builtin"] and len(source) == 1 and not sources.is_local(source[0])
     files = partial(sources.local_files, text_field=settings.text_field, rule=settings.text_documents)
-    names = [settings.source] if isinstance(settings.source, str) else settings.source
-    source = sources.builtin() if names == ["builtin"] else files("data.source", names)
-    own = None
-    if settings.validation is not None:
-        own = files(
-            "data.validation", [settings.validation] if isinstance(settings.validation, str) else settings.validation
+    head = settings.stream_head if settings.streaming else None
+    if on_hub and len(validation) > 1:
+        raise UserError(f"data.validation: {validation}: a hub source is validated on one of its splits; name that")
+    if on_hub:
+        reach(source[0], "data set", "data.source")
+        train, *own = (
+            hub_source(source[0], settings.subset, split, settings.text_field, settings.streaming)
+            for split in (settings.split, *validation)
         )
-    return Split(source, own, settings.validation_fraction, settings.stream_head if settings.streaming else None)
+        return Split(train, own[0] if own else None, settings.validation_fraction, head)
+    return Split(
+        sources.builtin() if source == ["builtin"] else files("data.source", source),
+        files("data.validation", validation) if validation else None,
+        settings.validation_fraction,
+        head,
+    )
+
+
+def _names(setting: str | list[str] | None) -> list[str]:
+    if setting is None:
+        return []
+    return [setting] if isinstance(setting, str) else setting
+
+
+def _identity(settings: DataSettings, split: Split) -> list[Any]:
+    """What decides the documents of both sides; validation is always read whole, so its digest is never sampled."""
+    held_out = split.own.content(sampled=False) if split.own else settings.validation_fraction
+    return [_FORMAT, split.source.content(sampled=settings.streaming), held_out, split.head]
 
 
 def _tokenizer(settings: DataSettings, split: Split, identity: list[Any], root: Path) -> PreTrainedTokenizerBase:
@@ -113,27 +156,36 @@ def _tokenizer(settings: DataSettings, split: Split, identity: list[Any], root: 
     key = sources.digest_of([*identity, settings.vocab_size, settings.tokenizer_bytes])
 
     def make(folder: Path) -> None:
-        documents = (text for side, text in _shown(split, "train tokenizer") if side == "train")
-        train_bpe(documents, settings.vocab_size, settings.tokenizer_bytes).save_pretrained(folder)
+        shown = _shown(split.source_documents(), "read for the tokenizer")
+        train = (text for side, text in shown if side == "train")
+        rules = train_bpe(train, settings.vocab_size, settings.tokenizer_bytes)
+        (folder / "tokenizer.json").write_text(rules, encoding="utf-8")
 
-    return AutoTokenizer.from_pretrained(built(root / f"tokenizer-{key}", make))
+    folder = built(root / f"tokenizer-{key}", make)
+    return trained_bpe((folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 def _prepare(settings: DataSettings, split: Split, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    sides = {
+    """Write the sequences of both sides (streaming: of validation) and their counts into ``folder``."""
+    packers = {
         side: Packer(folder / f"{side}.arrow", tokenizer, settings.sequence_length, settings.packing)
-        for side in ("train", "validation")
+        for side in (("validation",) if settings.streaming else ("train", "validation"))
     }
     left_out = {"blank": 0, "shared": 0}
-    for side, text in _shown(split, "tokenize"):
-        if side in sides:
-            sides[side].add(text)
-        else:
+    for side, text in _shown(split.documents(), "tokenize"):
+        if side in packers:
+            packers[side].add(text)
+        elif side in left_out:
             left_out[side] += 1
-    counts = {side: dataclasses.asdict(packer.close()) for side, packer in sides.items()}
-    counts["train"] |= left_out
-    (folder / "counts.json").write_text(json.dumps(counts))
+    counts = {side: packer.close() for side, packer in packers.items()}
+    for side, count in counts.items():
+        if not count.sequences:
+            raise no_sequence(side, count.tokens, settings.sequence_length)
+    values = {side: dataclasses.asdict(count) for side, count in counts.items()}
+    if not settings.streaming:
+        values["train"] |= left_out
+    (folder / "counts.json").write_text(json.dumps(values))
 
 
-def _shown(split: Split, what: str) -> tqdm:
-    return tqdm(split.documents(), desc=what, unit=" documents", dynamic_ncols=True, disable=None)
+def _shown(documents: Iterator[tuple[Side, str]], what: str) -> tqdm:
+    return tqdm(documents, desc=what, unit=" documents", dynamic_ncols=True, disable=None)

@@ -11,20 +11,23 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from llm_cht.data.hub import reach
 from llm_cht.errors import UserError
 
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 _NUM_BYTES = 256
+_SPACE = "▁"  # as sentencepiece writes it
 _SPECIAL = (PAD, BEGIN, END)
 
 
-def train_bpe(documents: Iterable[str], vocab_size: int, max_bytes: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of at most ``vocab_size`` tokens, from the first documents up to ``max_bytes`` of text.
+def train_bpe(documents: Iterable[str], vocab_size: int, max_bytes: int) -> str:
+    """A byte-level BPE of at most ``vocab_size`` tokens, from the first documents up to ``max_bytes`` of text, as JSON.
 
     Raises:
         UserError: a vocabulary without room for the bytes and the special tokens.
@@ -43,8 +46,17 @@ def train_bpe(documents: Iterable[str], vocab_size: int, max_bytes: int) -> PreT
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(_first_bytes(documents, max_bytes), trainer)
+    return tokenizer.to_str()
+
+
+def trained_bpe(rules: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of ``train_bpe``'s result."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD, split_special_tokens=True
+        tokenizer_object=Tokenizer.from_str(rules),
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        split_special_tokens=True,
     )
 
 
@@ -55,7 +67,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UserError: not found, not readable, without an end token, or the sentencepiece extra is missing.
     """
     place = f"data.tokenizer: {name}"
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    path = Path(name).expanduser()
+    if path.suffix == ".model":
+        tokenizer = _sentencepiece(path, place)
+    else:
+        if not path.is_dir():
+            reach(name, "tokenizer", "data.tokenizer")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(f"{place}: no tokenizer can be loaded from it: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{place}: it has no end token, which separates documents; take a tokenizer with an eos token")
     return tokenizer
@@ -92,6 +114,36 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
     parts = f"{rules} {tokenizer.eos_token_id} {tokenizer.split_special_tokens}"
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+
+
+def _sentencepiece(path: Path, place: str) -> PreTrainedTokenizerBase:
+    """A sentencepiece model as a fast tokenizer that gives its very tokens; begin tokens are not added.
+
+    transformers reads vocabulary and merges, but leaves out the model's own treatment of spaces, which is put back.
+    """
+    try:
+        import sentencepiece
+        from transformers.convert_slow_tokenizer import SentencePieceExtractor
+
+        sentencepiece.SentencePieceProcessor(model_file=str(path))  # loads it, or says that it is none
+        spec = SentencePieceExtractor(str(path)).proto.normalizer_spec
+    except ImportError as error:
+        raise UserError(f"{place}: needs sentencepiece; `pip install llm-cht[sentencepiece]`") from error
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{place}: not a sentencepiece model file; correct the path or fetch it again") from error
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(_SPACE))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), split_special_tokens=True)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    spaces = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    first = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([*spaces, *first])
+    return tokenizer
 
 
 def _first_bytes(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
