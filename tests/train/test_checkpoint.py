@@ -186,12 +186,19 @@ def test_another_format_is_refused(store, monkeypatch):
 # ---- kills ----
 
 
+SIZE = 50_000
+
+
 def check_after_kill(store, least):
+    """Whatever is visible is whole, the newest is no older than ``least``, and the next save cleans up."""
     found = store.newest(fail)
     assert found.step >= least
-    assert torch.equal(found.tensors["model"]["w"], torch.full((50_000,), float(found.step)))
-    save(CheckpointStore(store.root, 2), found.step + 1)
+    for path in store.root.glob("step-*"):
+        whole = store.load(path)
+        assert torch.equal(whole.tensors["model"]["w"], torch.full((SIZE,), float(whole.step)))
+    store.save(found.step + 1, tensors(found.step + 1, SIZE), {})
     assert all(name == "best.json" or name.startswith("step-") for name in names(store.root))
+    return found.step + 1
 
 
 def in_killed_child(work, after=None):
@@ -216,9 +223,9 @@ def in_killed_child(work, after=None):
 def test_kill_at_each_stage_of_a_save(tmp_path, again):
     """SIGKILL at the k-th function call within a save, k rising until the save gets through."""
     kills = 0
-    for k in range(0, 10_000, 23):
+    for k in range(0, 10_000, 41):
         store = CheckpointStore(tmp_path / str(k), 2)
-        store.save(1, tensors(1, 50_000), {})
+        store.save(1, tensors(1, SIZE), {})
 
         def work(store=store, k=k):
             left = k
@@ -230,31 +237,29 @@ def test_kill_at_each_stage_of_a_save(tmp_path, again):
                     os.kill(os.getpid(), signal.SIGKILL)
 
             sys.setprofile(count)
-            store.save(1 if again else 2, tensors(1 if again else 2, 50_000), {})
+            store.save(1 if again else 2, tensors(1 if again else 2, SIZE), {})
 
         if not in_killed_child(work):
             break
         kills += 1
         check_after_kill(store, least=1)
         shutil.rmtree(store.root)
-    assert kills > 30, "the save must have been killed at many stages"
+    assert kills > 15, "the save must have been killed at many stages"
 
 
 def test_kill_at_random_moments(store):
-    rng, last = random.Random(0), 0
+    started = time.perf_counter()
+    store.save(1, tensors(1, SIZE), {})
+    seconds = time.perf_counter() - started  # delays in units of a save, whatever the machine is doing besides
+    rng, last = random.Random(0), 1
     for _ in range(15):
 
         def work(start=last):
-            for step in range(start + 1, start + 10_000):
-                store.save(step, tensors(step, 50_000), {}, best=step % 3 == 0)
+            for step in range(start, start + 10_000):  # the first save replaces the last checkpoint
+                store.save(step, tensors(step, SIZE), {}, best=step % 3 == 0)
 
-        assert in_killed_child(work, after=rng.uniform(0.0, 0.08))
-        found = store.newest(fail)
-        if found is not None:
-            assert found.step >= last
-            last = found.step
-            check_after_kill(store, last)
-    assert last > 0
+        assert in_killed_child(work, after=rng.uniform(0, 5 * seconds))
+        last = check_after_kill(store, last)
 
 
 def test_ctrl_c_twice_during_a_save_does_not_harm_it(store, monkeypatch):
