@@ -247,6 +247,14 @@ def test_kill_at_each_stage_of_a_save(tmp_path, again):
     assert kills > 15, "the save must have been killed at many stages"
 
 
+def test_save_sweeps_leftovers_of_other_steps_and_nothing_else(store):
+    save(store, 10)
+    for name in (".step-00000020.new", ".step-00000010.old", ".step-00000005.trash", ".mine", "notes"):
+        (store.root / name).mkdir()
+    save(store, 30)
+    assert names(store.root) == [".mine", "notes", "step-00000010", "step-00000030"]
+
+
 def test_kill_at_random_moments(store):
     started = time.perf_counter()
     store.save(1, tensors(1, SIZE), {})
