@@ -219,7 +219,7 @@ def _rate(run: RunRecords) -> Section:
         caption = (
             "After each topology update the learning rate starts again from a fraction and climbs back within a few "
             "steps, so that new links, whose optimizer moments are 0, take no oversized first steps. Right: the shaded "
-            "stretch, one dot per record (between two records the rate may lie lower); red lines are topology updates."
+            "stretch, one dot per record (between two records the rate may lie lower); dotted: topology updates."
         )
     else:
         caption = "There has been no topology update, hence no re-warm-up."

@@ -209,7 +209,7 @@ def learning_rate(train: Records, topology: Records) -> Figure:
         low, high = shown[0] - 0.3 * interval, shown[-1] + interval
         inside = (steps >= low) & (steps <= high)
         for update in shown:
-            close.axvline(update, color=RED, linewidth=1.0)
+            close.axvline(update, color=RED, linewidth=1.2, linestyle=(0, (1, 2)), zorder=3)
         close.plot(steps[inside], base[inside], color=AMBER, linewidth=1.1)
         close.plot(steps[inside], lr[inside], color=BLUE, marker="o", markersize=3)
         _steps(close, "Close view of the re-warm-ups", "learning rate")

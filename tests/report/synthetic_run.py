@@ -107,7 +107,7 @@ def make_records(preset: str, ended: bool, shape: Shape, shapes: dict[str, tuple
             pruned = round((pruned_before - density) * positions)
             pruned_before = density
             records.append(_topology(step, end_step, density, pruned, shapes, noise))
-        if step % shape.every == 0 or step in (1, stop):
+        if step % shape.every == 0 or step in (1, stop) or step - 1 == last_update:
             records.append(_train(step, shape, density, total / step, last_update, noise))
         if step in updates:
             last_update = step
