@@ -23,7 +23,7 @@ from llm_cht.topology import bits
 from llm_cht.topology.budget import num_links
 from llm_cht.topology.initial import unlinked
 from llm_cht.topology.keys import Keys
-from llm_cht.topology.measure import itop
+from llm_cht.topology.measure import elm_overlap, itop
 from llm_cht.topology.method import LayerChange, Method, Moment, active_neurons, update_group
 
 
@@ -115,14 +115,15 @@ class TopologyUpdater:
         self.union[name] |= mask
 
     def _figures(self, step: int, update: int, changes: Mapping[str, LayerChange]) -> dict[str, Any]:
-        counts = [self._anp(group) for group in self.sparse.groups]
-        rates = itop(self.union)
-        regrown = sum(change.regrown for change in changes.values())
+        neurons = [self._anp(group) for group in self.sparse.groups]
+        explored = itop(self.union)
+        regrown = {name: change.regrown for name, change in changes.items()}
+        overlap = elm_overlap({name: change.returned for name, change in changes.items()}, regrown)
         layers = {
             name: {
                 "sparsity": 1 - int(change.mask.sum()) / change.mask.numel(),
-                "itop": rates.layers[name],
-                "overlap": change.returned / max(1, change.regrown),
+                "itop": explored.layers[name],
+                "overlap": overlap.layers[name],
             }
             for name, change in changes.items()
         }
@@ -134,11 +135,11 @@ class TopologyUpdater:
             "pruned": sum(change.pruned for change in changes.values()),
             "removed": sum(change.removed for change in changes.values()),
             "percolated": sum(change.percolated for change in changes.values()),
-            "regrown": regrown,
-            "overlap": sum(change.returned for change in changes.values()) / max(1, regrown),
-            "anp": sum(active for active, _ in counts) / max(1, sum(total for _, total in counts)),
-            "itop": rates.overall,
-            "itop_mean": rates.mean,
+            "regrown": sum(regrown.values()),
+            "overlap": overlap.overall,
+            "anp": sum(active for active, _ in neurons) / max(1, sum(total for _, total in neurons)),
+            "itop": explored.overall,
+            "itop_mean": explored.mean,
             "layers": layers,
         }
 

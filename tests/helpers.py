@@ -1,0 +1,73 @@
+"""A run small enough for a test, through the real command line."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MODEL = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def write_text(folder: Path, num_documents: int = 400) -> Path:
+    """A file of short made-up documents, one a paragraph; the same words in a new order each time."""
+    words = "the a link mask layer grows moves learns sparse dense model token path weight and then of in".split()
+    draw = random.Random(0)
+    path = folder / "text.txt"
+    path.write_text("\n\n".join(" ".join(draw.choices(words, k=draw.randint(20, 60))) for _ in range(num_documents)))
+    return path
+
+
+def tiny_config(folder: Path, **sections: Any) -> Path:
+    """Writes a config of a run of some seconds; a keyword replaces or extends a section (or a plain setting)."""
+    config: dict[str, Any] = {
+        "run": str(folder / "run"),
+        "model": {"config": "llama_9m", "overrides": dict(MODEL)},
+        "data": {"source": str(write_text(folder)), "vocab_size": 300, "sequence_length": 32, "validation_fraction": 0.1},
+        "method": {"preset": "chts", "sparsity": 0.8, "update_interval": 3},
+        "lr": {"warmup_steps": 2, "rewarm_steps": 2},
+        "train": {"steps": 20, "batch_size": 4, "precision": "fp32", "device": "cpu"},
+        "validation": {"every": 10, "max_tokens": 2000},
+        "checkpoint": {"every": 5},
+        "metrics": {"every": 1},
+    }
+    for name, value in sections.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def command(*arguments: str | Path, **environment: str) -> subprocess.Popen:
+    """Starts ``llm-cht`` with ``arguments``; output is captured."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "llm_cht.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+def finished(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command, waited for."""
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind in the metrics of a run."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def learned(run: Path) -> tuple[bytes, bytes, list[float]]:
+    """What must be equal for two runs to be the same: final weights, final masks, and every loss."""
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    masks = run / "model" / "topology.safetensors"
+    losses = [record["loss"] for record in records(run, "train")]
+    return weights, masks.read_bytes(), losses
