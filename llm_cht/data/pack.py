@@ -87,7 +87,7 @@ class Packer:
         self._texts, self._waiting = [], 0
         if self._packing == "pad":
             self.counts.unused_tokens += sum(max(0, len(tokens) - self._length) for tokens in documents)
-            self._write([tokens[: self._length] for tokens in documents if len(tokens) > 1])
+            self._write([tokens[: self._length] for tokens in documents])
         else:
             line = np.concatenate([self._rest, *documents])
             full = len(line) // self._length * self._length

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -117,12 +117,9 @@ class Stream:
                 for document, tokens in self._shard(int(order[turn]), skip):
                     num_tokens += len(tokens)
                     yield _Place(epoch, turn, document), tokens
-            if first == _Place(epoch, 0, 0) and num_tokens < self._needed:
-                raise no_sequence("training", num_tokens, self._how.length)
-
-    @property
-    def _needed(self) -> int:
-        return self._how.length if self._how.packing == "pack" else 2
+            needed = self._how.length if self._how.packing == "pack" else 1
+            if first == _Place(epoch, 0, 0) and num_tokens < needed:
+                raise no_sequence("train", num_tokens, self._how.length)
 
     def _shard(self, shard: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
         """Numbers and tokens of the training documents of one shard, from number ``start`` on."""
@@ -133,10 +130,13 @@ class Stream:
             yield from zip(numbers, encode(self._how.tokenizer, list(texts)), strict=True)
 
 
-def no_sequence(side: str, num_tokens: int, length: int) -> UserError:
+def no_sequence(side: Literal["train", "validation"], num_tokens: int, length: int) -> UserError:
     """The error for a side that fills no sequence."""
-    remedy = "raise `data.validation_fraction`, set `data.validation`" if side == "validation" else "add text"
+    name, remedy = {
+        "train": ("training", "add text"),
+        "validation": ("validation", "raise `data.validation_fraction`, set `data.validation`"),
+    }[side]
     return UserError(
-        f"the {side} documents have {num_tokens} tokens and one sequence needs {length}; {remedy}, or lower "
+        f"the {name} documents have {num_tokens} tokens and one sequence needs {length}; {remedy}, or lower "
         "`data.sequence_length`"
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -167,9 +167,10 @@ def _tokenizer(settings: DataSettings, split: Split, identity: list[Any], root: 
 
 def _prepare(settings: DataSettings, split: Split, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the sequences of both sides (streaming: of validation) and their counts into ``folder``."""
+    sides: tuple[Literal["train", "validation"], ...] = ("train", "validation")
     packers = {
         side: Packer(folder / f"{side}.arrow", tokenizer, settings.sequence_length, settings.packing)
-        for side in (("validation",) if settings.streaming else ("train", "validation"))
+        for side in sides[settings.streaming :]
     }
     left_out = {"blank": 0, "shared": 0}
     for side, text in _shown(split.documents(), "tokenize"):
