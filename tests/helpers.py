@@ -10,12 +10,37 @@ from typing import Any
 
 import yaml
 
-MODEL = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODEL = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def write_text(folder: Path, num_documents: int = 400) -> Path:
     """A file of short made-up documents, one a paragraph; the same words in a new order each time."""
-    words = "the a link mask layer grows moves learns sparse dense model token path weight and then of in".split()
+    words = [
+        "the",
+        "a",
+        "link",
+        "mask",
+        "layer",
+        "grows",
+        "moves",
+        "learns",
+        "sparse",
+        "dense",
+        "model",
+        "token",
+        "path",
+        "weight",
+        "and",
+        "then",
+        "of",
+        "in",
+    ]
     draw = random.Random(0)
     path = folder / "text.txt"
     path.write_text("\n\n".join(" ".join(draw.choices(words, k=draw.randint(20, 60))) for _ in range(num_documents)))
@@ -27,7 +52,12 @@ def tiny_config(folder: Path, **sections: Any) -> Path:
     config: dict[str, Any] = {
         "run": str(folder / "run"),
         "model": {"config": "llama_9m", "overrides": dict(MODEL)},
-        "data": {"source": str(write_text(folder)), "vocab_size": 300, "sequence_length": 32, "validation_fraction": 0.1},
+        "data": {
+            "source": str(write_text(folder)),
+            "vocab_size": 300,
+            "sequence_length": 32,
+            "validation_fraction": 0.1,
+        },
         "method": {"preset": "chts", "sparsity": 0.8, "update_interval": 3},
         "lr": {"warmup_steps": 2, "rewarm_steps": 2},
         "train": {"steps": 20, "batch_size": 4, "precision": "fp32", "device": "cpu"},

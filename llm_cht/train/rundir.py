@@ -27,7 +27,6 @@ _MAY_CHANGE = (
     "train.on_nonfinite",
     "train.max_skipped",
     "data.cache_dir",
-    "data.num_workers",
     "method.workspace_mb",
 )
 """Settings that a resumed run may change: they decide how it is computed or watched, not what it is."""

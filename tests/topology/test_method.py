@@ -5,7 +5,8 @@ from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm_cht.errors import UserError
 from llm_cht.topology.budget import num_links

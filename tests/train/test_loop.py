@@ -131,10 +131,9 @@ def test_accumulation_is_exact_for_unequal_token_counts(tmp_path):
 def test_a_signal_saves_and_the_resumed_run_equals_an_unbroken_one(tmp_path, number):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    method = {"preset": "chtss"}
-    unbroken = tiny_config(tmp_path / "a", method=method, train={"steps": 60}, checkpoint={"every": None})
-    assert main(["train", str(unbroken)]) == 0
-    process = command("train", tiny_config(tmp_path / "b", method=method, train={"steps": 60}, checkpoint={"every": None}))
+    sections = {"method": {"preset": "chtss"}, "train": {"steps": 60}, "checkpoint": {"every": None}}
+    assert main(["train", str(tiny_config(tmp_path / "a", **sections))]) == 0
+    process = command("train", tiny_config(tmp_path / "b", **sections))
     run = tmp_path / "b" / "run"
     wait_for_records(run, process, 7)
     process.send_signal(number)
@@ -177,7 +176,8 @@ def test_ten_kills_at_random_moments(tmp_path):
     assert kills == 10, "the run was too short for ten kills"
     assert main(["train", str(config), "--resume", "auto"]) == 0
     assert learned(run) == learned(tmp_path / "a" / "run")
-    assert records(run, "end")[0]["summary"]["mask_digest"] == records(tmp_path / "a" / "run", "end")[0]["summary"]["mask_digest"]
+    digests = {records(folder, "end")[0]["summary"]["mask_digest"] for folder in (run, tmp_path / "a" / "run")}
+    assert len(digests) == 1
 
 
 def wait_for_new_record(run: Path, process: subprocess.Popen) -> None:
