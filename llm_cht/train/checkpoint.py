@@ -64,9 +64,9 @@ class CheckpointStore:
     ) -> Path:
         """Write a checkpoint and return its folder, then delete those that are no longer kept.
 
-        ``state`` must be JSON (tuples come back as lists). A checkpoint of the same step is replaced. Steps after this
-        one, left by a run that was resumed from an older checkpoint, are not counted and not deleted. Raises
-        ``UserError`` if it cannot be written; every earlier checkpoint is then as it was.
+        ``state`` must be JSON (tuples come back as lists). A checkpoint of the same step is replaced, and stays the
+        best if it was. Steps after this one, left by a run that was resumed from an older checkpoint, are not counted
+        and not deleted. Raises ``UserError`` if it cannot be written; every earlier checkpoint is then as it was.
         """
         target = self.root / f"step-{step:08d}"
         needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
@@ -78,7 +78,7 @@ class CheckpointStore:
                 for stem, group in tensors.items():
                     save_file(_storable(group), folder / f"{stem}.safetensors")
                 (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-                _write_manifest(folder, step, best)
+                _write_manifest(folder, step, best or self.best() == target)
             self._point_to_best()
             self._discard_old(target)
         return target
