@@ -35,13 +35,13 @@ def choose(
     """Return the positions (ascending) of ``k`` links of a 1-D ``score`` >= 0.
 
     Hard (``exponent`` None): the ``k`` largest. Soft: sampled without replacement, with probability proportional to
-    score**exponent, exponent > 0; a score of 0 is drawn last, in random order.
+    score**exponent, exponent >= 0; a score of 0 is drawn last, in random order.
     """
     if exponent is None:
         return top_k(score, k, keys, purpose, index)
-    assert exponent > 0, exponent
     position = torch.arange(score.numel(), device=score.device) if index is None else index
-    noisy = keys.gumbel(purpose, position).add_(score.float().log(), alpha=exponent)
+    alpha = max(exponent, 1e-30)  # 0 * log 0 would be NaN
+    noisy = keys.gumbel(purpose, position).add_(score.float().log(), alpha=alpha)
     return top_k(noisy, k, keys, purpose, index)
 
 
