@@ -21,26 +21,7 @@ MODEL = {
 
 def write_text(folder: Path, num_documents: int = 400) -> Path:
     """A file of short made-up documents, one a paragraph; the same words in a new order each time."""
-    words = [
-        "the",
-        "a",
-        "link",
-        "mask",
-        "layer",
-        "grows",
-        "moves",
-        "learns",
-        "sparse",
-        "dense",
-        "model",
-        "token",
-        "path",
-        "weight",
-        "and",
-        "then",
-        "of",
-        "in",
-    ]
+    words = WORDS.split()
     draw = random.Random(0)
     path = folder / "text.txt"
     path.write_text("\n\n".join(" ".join(draw.choices(words, k=draw.randint(20, 60))) for _ in range(num_documents)))

@@ -72,7 +72,7 @@ def test_a_wrong_file_names_place_and_remedy(write, text, message):
 def test_wrong_command_line():
     with pytest.raises(UserError, match=r"unknown key `inner.kond` in the command line; did you mean `inner.kind`"):
         parse(Root, "x", ["--inner.kond", "b"])
-    with pytest.raises(UserError, match="nowhere.yaml: No such file"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
         parse(Root, "x", ["nowhere.yaml"])
     with pytest.raises(UserError, match="expected one argument"):
         parse(Root, "x", ["--seed"])

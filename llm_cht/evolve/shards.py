@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from llm_cht.errors import UserError
@@ -17,7 +16,7 @@ _MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffe
 _COUNTERS = frozenset({"step"})
 
 
-def master(weight: Parameter) -> Tensor:
+def master(weight: Tensor) -> Tensor:
     """The weight (out, in) in fp32 as the optimizer sees it; a copy where it is held in another precision."""
     return weight.detach().float()
 
@@ -38,8 +37,8 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 @torch.no_grad()
-def reset_moments(optimizer: Optimizer, weight: Parameter, changed_OI: Tensor) -> None:
-    """Zero the moments of ``weight`` where ``changed_OI`` (bool, out x in) is True; none exist before the first step."""
+def reset_moments(optimizer: Optimizer, weight: Tensor, changed_OI: Tensor) -> None:
+    """Zero the moments of ``weight`` where ``changed_OI`` (bool) is True; before the first step there are none."""
     for key, value in optimizer.state.get(weight, {}).items():
         if key in _MOMENTS and value is not None:
             value.masked_fill_(changed_OI, 0)

@@ -70,7 +70,8 @@ class TopologyUpdater:
         lonely = {"outputs": 0, "inputs": 0}
         for name, layer in self.sparse.layers.items():
             # Drawn on the CPU: the first topology then is the same on every device.
-            mask = self.method.start(tuple(layer.mask.shape), Keys(self.seed, 0, name)).to(layer.mask.device)
+            shape = (layer.out_features, layer.in_features)
+            mask = self.method.start(shape, Keys(self.seed, 0, name)).to(layer.mask.device)
             layer.set_mask(mask)
             self.union[name] = mask.clone()
             outputs, inputs = unlinked(mask)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def groups_of(model: nn.Module, family: Family | None, layers: Iterable[str]) ->
 
 
 def _units(model: nn.Module, family: Family, parent: str, present: frozenset[str]) -> tuple[Unit, ...]:
-    config = model.config
+    config: Any = model.config
     num_heads = config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     query, key, value, out = (_join(parent, name) for name in family.attention)

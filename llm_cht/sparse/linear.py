@@ -61,11 +61,11 @@ class SparseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        return _MaskedGradient.apply(x, weight, bias, self.mask)
+        if not torch.is_autocast_enabled(x.device.type):
+            return _MaskedGradient.apply(x, self.weight, self.bias, self.mask)
+        dtype = torch.get_autocast_dtype(x.device.type)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return _MaskedGradient.apply(x.to(dtype), self.weight.to(dtype), bias, self.mask)
 
     @torch.no_grad()
     def set_mask(self, mask_OI: Tensor) -> None:

@@ -7,10 +7,10 @@ A rule maps layer shapes and the overall density to a density per layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 
-def num_links(shape: tuple[int, int], density: float) -> int:
+def num_links(shape: Sequence[int], density: float) -> int:
     """Links of a layer of ``shape`` (out, in) at ``density`` in [0, 1]; halves round up."""
     num_outputs, num_inputs = shape
     return math.floor(density * num_outputs * num_inputs + 0.5)

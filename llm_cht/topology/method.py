@@ -9,6 +9,7 @@ Order of an update (papers 000 and 002): density decay, removal, percolation, re
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -21,7 +22,7 @@ from llm_cht.topology.budget import num_links
 from llm_cht.topology.initial import STARTS, InitialOptions, repair
 from llm_cht.topology.keys import Keys
 from llm_cht.topology.link import PREDICTORS
-from llm_cht.topology.percolate import Group, percolate
+from llm_cht.topology.percolate import Group, QueryKey, percolate
 from llm_cht.topology.schedule import Anneal, Density, Temperature, Updates, density_window
 from llm_cht.topology.score import SCORES
 from llm_cht.topology.select import choose, choose_missing
@@ -330,15 +331,15 @@ def _change(
         return LayerChange(decayed, int(before.sum()) - int(decayed.sum()), 0, 0, 0, 0)
     counts = [int(mask.sum()) for mask in (before, decayed, kept, passing, grown)]
     returned = int((decayed & ~passing & grown).sum())
-    pruned, removed, percolated = (a - b for a, b in zip(counts[:3], counts[1:4], strict=True))
-    return LayerChange(grown, pruned, removed, percolated, counts[4] - counts[3], returned)
+    pruned, removed, percolated, lost = (a - b for a, b in itertools.pairwise(counts))
+    return LayerChange(grown, pruned, removed, percolated, -lost, returned)
 
 
 def _paired(group: Group, settings: Any) -> Group:
     """The group with rotary units taken by position where the settings ask for it."""
     if settings.qk_pairing != "position":
         return group
-    units = tuple(replace(unit, pairing="position") if hasattr(unit, "pairing") else unit for unit in group.units)
+    units = tuple(replace(u, pairing="position") if isinstance(u, QueryKey) else u for u in group.units)
     return replace(group, units=units)
 
 

@@ -87,9 +87,11 @@ def build(settings: RunSettings, say: Callable[[str], None]) -> Built:
         UserError: from any part, before anything is written to the run folder.
     """
     train = settings.train
-    engine = start_engine(train.device, train.precision, train.batch_size // (train.micro_batch_size or train.batch_size))
+    engine = start_engine(
+        train.device, train.precision, train.batch_size // (train.micro_batch_size or train.batch_size)
+    )
     data = load_text(settings.data, settings.seed)
-    model = build_model(settings.model, settings.seed)
+    model: Any = build_model(settings.model, settings.seed)
     check_vocabulary(data.tokenizer, model.config.vocab_size)
     model.to(device=engine.device, dtype=engine.model_dtype)
     if train.activation_checkpointing:

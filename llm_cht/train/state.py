@@ -96,7 +96,7 @@ def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 

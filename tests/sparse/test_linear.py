@@ -1,4 +1,4 @@
-"""The sparse layer: the dense forward pass, gradients on existing links only, exact zeros under every optimizer step."""
+"""The sparse layer: the dense forward pass, gradients on existing links only, exact zeros after every step."""
 
 import pytest
 import torch
