@@ -120,11 +120,10 @@ def _histograms(ax: Axes, before: np.ndarray, after: np.ndarray | None) -> None:
 
 def _cut(ax: Axes, first: np.ndarray, last: np.ndarray, edges: np.ndarray) -> None:
     """Cut a spike at the start (all neurons may have the same degree) and say how high it is, so the end is legible."""
-    top = 2 * float(last.max())
-    if first.max() <= top:
+    if first.max() <= 3 * last.max():
         return
     peak = int(first.argmax())
-    ax.set_ylim(0, top)
+    ax.set_ylim(0, 2 * float(last.max()))
     text = f" to {100 * first[peak]:.0f} %"
     ax.annotate(text, (edges[peak + 1], 1), xycoords=ax.get_xaxis_transform(), va="top", color=GREY)
 

@@ -171,8 +171,8 @@ def _sparse_headlines(run: RunRecords) -> list[Headline]:
     moved = sum(record["regrown"] * (1 - (record["overlap"] or 0)) for record in run.topology)
     links = density * positions
     return [
-        Headline("Density", f"{100 * density:.4g} %", f"sparsity {100 - 100 * density:.4g} %"),
-        Headline("Average density", f"{100 * last['average_density']:.4g} %", "over all steps"),
+        Headline("Density", f"{100 * density:.3g} %", f"sparsity {100 - 100 * density:.4g} %"),
+        Headline("Average density", f"{100 * last['average_density']:.3g} %", "over all steps"),
         Headline("Links moved", compact(moved), f"{moved / links:.2g} times the links of the model"),
         Headline("Parameters", compact(parameters - positions + links), f"not zero, of {compact(parameters)}"),
     ]

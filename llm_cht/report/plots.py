@@ -149,7 +149,7 @@ def learning(train: Records, validation: Records, topology: Records, unigram: fl
     figure, axes = panels(1, 2, 3.1)
     left, right = axes[0]
     steps, loss = column(train, "step"), column(train, "loss")
-    smooth = _smooth(loss, max(1, len(loss) // 40))
+    smooth = _smooth(loss, max(5, len(loss) // 40))
     left.plot(steps, loss, color=PALE, linewidth=0.9, label="each record")
     left.plot(steps, smooth, color=BLUE, label="moving mean")
     _steps(left, "Training loss", "nats per token")
@@ -260,6 +260,8 @@ def exploration(topology: Records) -> Figure:
         ax.plot(steps, column(topology, name), color=INK, linewidth=2.0, label="all layers", **_dots(steps))
         _steps(ax, title, labels[name])
         share_axis(ax.yaxis)
+    active = axes[0, 1]
+    active.set_ylim(min(0.95, active.get_ylim()[0]), 1.002)
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles[-1:] + handles[:-1], names[-1:] + names[:-1], loc="outside lower center", ncols=len(names))
     return figure
@@ -287,19 +289,25 @@ def moved(topology: Records) -> Figure:
     ax = axes[0, 0]
     steps = column(topology, "step")
     width = steps[-1] - steps[-2] if len(steps) > 1 else steps[0]
-    edges = np.append(steps, steps[-1] + width) - width / 2
-    ax.stairs(np.nan_to_num(column(topology, "regrown")), edges, fill=True, color=BLUE, label="regrown")
+    edges = np.stack([steps - 0.4 * width, steps + 0.4 * width], axis=1).ravel()
     floor = np.zeros(len(steps))
+    gained = column(topology, "regrown")
+    ax.stairs(_gapped(gained), edges, baseline=_gapped(floor), fill=True, color=BLUE, label="regrown")
     for name, colour in (("removed", RED), ("percolated", AMBER), ("pruned", START)):
-        lost = np.nan_to_num(column(topology, name))
+        lost = column(topology, name)
         if lost.any():
-            ax.stairs(floor - lost, edges, baseline=floor, fill=True, color=colour, label=name)
+            ax.stairs(_gapped(floor - lost), edges, baseline=_gapped(floor), fill=True, color=colour, label=name)
         floor -= lost
     ax.axhline(0, color=GREY, linewidth=0.8)
     _steps(ax, "Links gained and lost at each update", "links")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(abs(value))))
     figure.legend(loc="outside lower center", ncols=4)
     return figure
+
+
+def _gapped(heights: np.ndarray) -> np.ndarray:
+    """Heights of bars with a zero between each two: all bars become one path, a bar each would fill megabytes."""
+    return np.stack([heights, np.zeros(len(heights))], axis=1).ravel()[:-1]
 
 
 @drawn
