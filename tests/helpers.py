@@ -19,6 +19,9 @@ MODEL = {
 }
 
 
+WORDS = "the a link mask layer grows moves learns sparse dense model token path weight and then of in"
+
+
 def write_text(folder: Path, num_documents: int = 400) -> Path:
     """A file of short made-up documents, one a paragraph; the same words in a new order each time."""
     words = WORDS.split()

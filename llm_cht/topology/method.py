@@ -285,8 +285,8 @@ def active_neurons(
 def _decay(method: Method, weight: Tensor, mask: Tensor, target: int, keys: Keys) -> Tensor:
     if int(mask.sum()) <= target:
         return mask
-    score = SCORES[method.settings.pruning]
-    return _keep(score, weight, mask, target, None, keys, "prune")
+    score = SCORES[method.settings.pruning](weight, mask, None)
+    return _keep(score, mask, lambda of_links, index: choose(of_links, target, None, keys, "prune", index))
 
 
 def _remove(method: Method, weight: Tensor, mask: Tensor, keys: Keys, moment: Moment) -> Tensor:
@@ -294,17 +294,16 @@ def _remove(method: Method, weight: Tensor, mask: Tensor, keys: Keys, moment: Mo
     links = int(mask.sum())
     keep = links - math.floor(method.zeta(moment.step) * links)
     exponent = method.temperature(moment.step) if settings.removal_choice == "soft" else None
-    return _keep(SCORES[settings.removal], weight, mask, keep, exponent, keys, "remove")
+    score = SCORES[settings.removal](weight, mask, None)
+    return _keep(score, mask, lambda of_links, index: choose(of_links, keep, exponent, keys, "remove", index))
 
 
-def _keep(
-    score: Callable[..., Tensor], weight: Tensor, mask: Tensor, count: int, exponent: float | None, keys: Keys, why: str
-) -> Tensor:
-    links = mask.flatten().nonzero().squeeze(1)
-    chosen = choose(score(weight, mask, None).flatten()[links], count, exponent, keys, why, links)
-    kept = mask.new_zeros(mask.numel())
-    kept[links[chosen]] = True
-    return kept.view_as(mask)
+def _keep(score_OI: Tensor, mask_OI: Tensor, choice: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The mask of those links that ``choice`` takes, given the links' scores and flat indices."""
+    links = mask_OI.flatten().nonzero().squeeze(1)
+    kept = mask_OI.new_zeros(mask_OI.numel())
+    kept[links[choice(score_OI.flatten()[links], links)]] = True
+    return kept.view_as(mask_OI)
 
 
 def _regrow(method: Method, mask: Tensor, target: int, keys: Keys) -> Tensor:

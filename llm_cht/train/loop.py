@@ -61,7 +61,8 @@ def train(settings: RunSettings, say: Callable[[str], None] = print) -> Outcome:
             else:
                 _check_data(checkpoint.state["data_fingerprint"], built.data.fingerprint, str(checkpoint.path))
                 restore(built.parts, checkpoint)
-                log.truncate_after(checkpoint.step)
+                complete = checkpoint.step == settings.train.steps  # then only its ending is done again
+                log.truncate_after(checkpoint.step, again=("end", "validation") if complete else ("end",))
                 say(f"resumed from {checkpoint.path}")
             return loop.run_to_end()
         finally:
@@ -90,6 +91,8 @@ class Loop:
         peak = peak_tflops(built.engine.device, self.settings.metrics)
         self.meter = Meter(built.engine.device, flops, peak, built.engine.accelerator.num_processes)
         self.density = 1.0
+        self._saved: Path | None = None
+        self._saved_step = -1
 
     def begin(self) -> None:
         """Draw the first topology of a fresh run and write down where it starts."""
@@ -110,18 +113,21 @@ class Loop:
                 if updater and updater.due(progress.step):
                     self.log.log("topology", progress.step, progress.tokens, updater.update(progress.step))
                     self.density = updater.density()
-                if progress.step % self.settings.metrics.every == 0 or progress.step in (1, total):
+                if self._is_written(progress.step):
                     self._write_train(figures, bar)
                 bar.update()
                 with self.meter.paused():
                     self._after_step(total)
         if progress.step < total:
-            path = self.store.root / f"step-{progress.step:08d}"
-            if not path.is_dir():
-                path = self.save()
+            path = self._saved if self._saved_step == progress.step else self.save()
             self.say(f"{self.signals.requested}: saved {path}\nresume with: {self.resume_command}")
             return Outcome(self.run, self.signals.requested, {})
         return Outcome(self.run, None, self._finish())
+
+    def _is_written(self, step: int) -> bool:
+        """Whether a step has a record; the one after an update has, so that its re-warm-up shows."""
+        rewarmed = self.built.updater is not None and self.built.updater.last_update == step - 1
+        return step % self.settings.metrics.every == 0 or rewarmed or step in (1, self.settings.train.steps)
 
     @property
     def resume_command(self) -> str:
@@ -235,7 +241,11 @@ class Loop:
         values["settings"] = yaml.safe_load(config.dump(self.settings))
         values["data_fingerprint"] = self.built.data.fingerprint
         with self.signals.hold():
-            return self.store.save(self.progress.step, tensors, values, best)
+            self._saved, self._saved_step = (
+                self.store.save(self.progress.step, tensors, values, best),
+                self.progress.step,
+            )
+            return self._saved
 
     def _topology(self) -> Topology:
         updater, progress = self.built.updater, self.progress
