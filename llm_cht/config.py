@@ -10,20 +10,33 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from yaml.error import MarkedYAMLError
 
 from llm_cht.errors import UserError
 
 Settings = TypeVar("Settings")
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_WORDS = {
+    "Parser key": "setting",
+    "a typing.Literal": "one of ",
+    "typing.Literal": "",
+    "NoneType": "null",
+    "<class '": "",
+    "'>": "",
+    "unrecognized arguments": "unrecognized arguments (config files come before settings)",
+}
+"""words of jsonargparse -> words of a person who wrote a YAML file"""
 
 
 def parse(root: type[Settings], program: str, arguments: Sequence[str]) -> Settings:
@@ -36,20 +49,63 @@ def parse(root: type[Settings], program: str, arguments: Sequence[str]) -> Setti
     files, overrides = _split(arguments)
     known = known_keys(root)
     for file in files:
-        _check_keys(_flat_keys(_load_yaml(file)), known, place=file)
+        values = flat(load_yaml(file))
+        _check_keys(values, known, place=file)
+        _check_sections(values, known, place=file)
     _check_keys(_override_keys(overrides), known, place="the command line")
     parser = _parser(root, program)
     try:
         namespace = parser.instantiate(parser.parse_args([*(f"--config={file}" for file in files), *overrides]))
     except ArgumentError as error:
         raise UserError(_readable(str(error))) from error
-    values = {field.name: namespace[field.name] for field in dataclasses.fields(root)}  # type: ignore[arg-type]
-    return root(**values)
+    return root(**{field.name: namespace[field.name] for field in dataclasses.fields(root)})  # type: ignore[arg-type]
 
 
 def dump(settings: Any) -> str:
     """The settings as YAML, every key written out."""
     return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of ``node``, whose keys differ."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise MarkedYAMLError(problem=f"the key `{key.value}` stands twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(file: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: the file is not there, not YAML, or no mapping.
+    """
+    try:
+        with Path(file).open(encoding="utf-8") as stream:
+            values = yaml.load(stream, _Loader)
+    except OSError as error:
+        raise UserError(f"config file {file}: {error.strerror}; give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {file} is not YAML: {' '.join(str(error).split())}; correct it") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config file {file} holds {type(values).__name__}, not `key: value` lines; write some")
+    return values
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            leaves |= flat(value, f"{prefix}{name}.")
+        else:
+            leaves[f"{prefix}{name}"] = value
+    return leaves
 
 
 def known_keys(root: type) -> dict[str, bool]:
@@ -101,34 +157,12 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, overrides
 
 
-def _load_yaml(file: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"config file {file}: {error.strerror}; give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {file} is not YAML: {error}") from error
-    if not isinstance(values, dict | None):
-        raise UserError(f"config file {file} holds {type(values).__name__}, not `key: value` lines")
-    return values or {}
-
-
-def _flat_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            keys += _flat_keys(value, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
-
-
 def _override_keys(overrides: Sequence[str]) -> list[str]:
     names = [word[2:].split("=", 1)[0].rstrip("+") for word in overrides if word.startswith("--")]
     return [name for name in names if name not in ("help", "print_config")]
 
 
-def _check_keys(keys: Sequence[str], known: dict[str, bool], place: str) -> None:
+def _check_keys(keys: Iterable[str], known: dict[str, bool], place: str) -> None:
     free = tuple(f"{name}." for name, open_ended in known.items() if open_ended)
     for key in keys:
         if key in known or key.startswith(free):
@@ -141,8 +175,20 @@ def _check_keys(keys: Sequence[str], known: dict[str, bool], place: str) -> None
         raise UserError(f"unknown key `{key}` in {place}; {hint}")
 
 
+def _check_sections(values: dict[str, Any], known: dict[str, bool], place: str) -> None:
+    sections = {key.rpartition(".")[0] for key in known}
+    for key, value in values.items():
+        if key in sections and value != {}:
+            inside = next(name for name in known if name.startswith(f"{key}."))
+            raise UserError(f"`{key}` = {value} in {place}: it is a section; write settings below it, e.g. `{inside}`")
+
+
 def _readable(message: str) -> str:
-    """jsonargparse's message on one line, in the words of a person who wrote a YAML file."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    text = " ".join(lines).replace("Parser key", "setting").replace("typing.Literal", "one of ")
-    return text.replace("<class '", "").replace("'>", "")
+    """jsonargparse's message on one line."""
+    text = " ".join(line.strip(" -") for line in message.splitlines())
+    text = re.sub(
+        r"Does not validate.*Subtypes: \[(.*)\] Errors:.*Given value: ", r"Expected one of \1. Got value: ", text
+    )
+    for theirs, ours in _WORDS.items():
+        text = text.replace(theirs, ours)
+    return text
