@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llm_cht.data.text import DataSettings
+from llm_cht.data.settings import DataSettings
 from llm_cht.errors import UserError
 from llm_cht.models import ModelSettings
 from llm_cht.sparse.surgery import SparseSettings
