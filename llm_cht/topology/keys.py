@@ -7,7 +7,7 @@ the value at one index depends on how many were drawn before it.
 The names are hashed once, in Python, into three 32-bit round keys; an index then passes three rounds of "xor the round
 key, multiply, fold the upper half of the product onto the lower". All numbers stay below 2**63, so that int64 never
 overflows and every device computes the same bits; three rounds because after two a flipped bit of the index still
-leaves a bias of half a percent in the output. Work goes in chunks that stay in the cache: five times faster than whole
+leaves a bias of half a percent in the output. Work goes in chunks that stay in the cache: several times faster than whole
 tensors on a CPU.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 _MULTIPLIERS = (0x7FEB352D, 0x5BD1E995, 0x6C8E9CF5)  # odd, below 2**31
 _LOW_32 = 0xFFFFFFFF
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from llm_cht.errors import UserError
 
 Predictor = Callable[[Tensor, int], Tensor]
 
-_PIECE = 1 << 16  # numbers per elementwise piece
+_PIECE = 1 << 17  # numbers per elementwise piece
 
 
 def random(mask_OI: Tensor, workspace_mb: int) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from llm_cht.topology.keys import Keys
 
+_LARGE, _SAMPLE = 1 << 17, 1 << 14
+
 
 def top_k(score: Tensor, k: int, keys: Keys, purpose: str, index: Tensor | None = None) -> Tensor:
     """Return the positions (int64, ascending) of exactly the ``k`` largest of a 1-D ``score`` without NaN.
@@ -17,16 +19,15 @@ def top_k(score: Tensor, k: int, keys: Keys, purpose: str, index: Tensor | None 
     Equal scores are taken in the order of their random bits at ``index`` (flat index of each score in the layer;
     default: its position), which are computed for those alone.
     """
-    chosen, value, kth = _at_least_kth(score, k)
+    chosen, kth = _at_least_kth(score, k)
     if chosen.numel() == k:
         return chosen
-    tied = (value == kth).nonzero().squeeze(1)
-    num_wanted = k - chosen.numel() + tied.numel()
-    tied_index = chosen[tied] if index is None else index[chosen[tied]]
-    winners = _at_least_kth(keys.bits(purpose, tied_index), num_wanted)[0]
-    keep = value > kth
-    keep[tied[winners[:num_wanted]]] = True  # [:]: bits may be equal, rarely; the lower positions then
-    return chosen[keep]
+    is_above = score[chosen] > kth
+    above, tied = chosen[is_above], chosen[~is_above]
+    num_wanted = k - above.numel()
+    bits = keys.bits(purpose, tied if index is None else index[tied])
+    winners = _at_least_kth(bits, num_wanted)[0][:num_wanted]  # [:]: bits may be equal, rarely; lower positions win
+    return torch.cat([above, tied[winners]]).sort().values
 
 
 def choose(
@@ -64,16 +65,27 @@ def choose_missing(score_OI: Tensor, mask_OI: Tensor, k: int, exponent: float | 
     return torch.cat([positive.nonzero().squeeze(1), filled]).sort().values
 
 
-def _at_least_kth(score: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return positions (ascending) and values of the scores that reach the ``k`` th largest, and that one.
-
-    ``topk`` itself is no use beyond this: which of equal scores it takes is not defined.
-    """
+def _at_least_kth(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the positions (ascending) of the scores that reach the ``k`` th largest, and its value."""
     assert 0 <= k <= score.numel(), (k, score.numel())
     if k == 0:
-        nothing = score.new_empty(0)
-        return nothing.long(), nothing, nothing
+        return torch.empty(0, dtype=torch.int64, device=score.device), score.new_tensor(0)
     assert not score.max().isnan(), "a score is NaN"
-    kth = score.topk(k, sorted=False).values.min()
-    positions = (score >= kth).nonzero().squeeze(1)
-    return positions, score[positions], kth
+    kth = _kth_largest(score, k)
+    return (score >= kth).nonzero().squeeze(1), kth
+
+
+def _kth_largest(score: Tensor, k: int) -> Tensor:
+    """Return the ``k`` th largest value.
+
+    Which of equal scores ``topk`` takes is not defined, so that only its smallest value is of use. A few thousand
+    scores tell first which ones cannot be among the ``k``: to sort out the rest of 45 M is ten times faster.
+    """
+    num_scores = score.numel()
+    if num_scores > _LARGE and 2 * k < num_scores:
+        sample = score[:: num_scores // _SAMPLE | 1]  # an odd step meets every column
+        share = sample.numel() * k / num_scores
+        candidates = score[score >= sample.topk(int(share + 4 * share**0.5) + 8, sorted=False).values.min()]
+        if candidates.numel() >= k:
+            score = candidates
+    return score.topk(k, sorted=False).values.min()
