@@ -6,18 +6,21 @@ of the transformers config. Anything else is what ``AutoConfig`` and ``AutoModel
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from llm_cht.config import load_yaml
 from llm_cht.errors import UserError
+
+_UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, StrictDataclassError)
+"""what transformers raises for sizes that do not fit: it checks few, the others fail where they are first used"""
 
 
 @dataclass
@@ -48,23 +51,36 @@ def build_model(settings: ModelSettings, seed: int) -> PreTrainedModel:
     """
     torch.manual_seed(seed)
     if settings.path is not None:
-        return _load(settings.path, settings)
-    if settings.config is None:
+        model = _load(settings.path, settings)
+    elif settings.config is not None:
+        model = _fresh(settings.config, settings)
+    else:
         raise UserError("neither `model.config` nor `model.path` is set; name a config (llama_60m) or a checkpoint")
-    values = _config_values(settings.config) | settings.overrides
+    heads, kv_heads = (getattr(model.config, f"num_{kind}_heads", 1) for kind in ("attention", "key_value"))
+    if heads % kv_heads:
+        raise UserError(
+            f"the model has {heads} attention heads and {kv_heads} key-value heads, which must divide them; "
+            "set `model.overrides.num_key_value_heads`"
+        )
+    return model
+
+
+def _fresh(name: str, settings: ModelSettings) -> PreTrainedModel:
+    values = _config_values(name) | settings.overrides
     model_type = values.pop("model_type", "none")
     try:
         known = AutoConfig.for_model(model_type)
     except ValueError as error:
-        raise UserError(f"`model.config` {settings.config}: transformers knows no model type `{model_type}`") from error
-    for key in values:
-        if not hasattr(known, key):
-            raise UserError(f"`model.config` or `model.overrides`: {type(known).__name__} has no key `{key}`")
+        raise UserError(f"`model.config` {name}: transformers knows no model type `{model_type}`") from error
+    _check_keys(known, values)
     try:
         config = AutoConfig.for_model(model_type, **values)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=settings.attention)
-    except (ValueError, TypeError, ImportError, StrictDataclassError) as error:
-        raise UserError(f"`model.config` {settings.config} with `model.overrides` cannot work: {error}") from error
+    except (*_UNFIT, ImportError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"`model.config` {name} with `model.overrides` cannot work: {type(error).__name__}: {reason}; correct them"
+        ) from error
 
 
 def _config_values(name: str) -> dict[str, Any]:
@@ -72,26 +88,57 @@ def _config_values(name: str) -> dict[str, Any]:
     folder = configs_folder() / "models"
     path = next((p for p in (folder / f"{name}.yaml", Path(name)) if p.is_file()), None)
     if path is not None:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict) or "model_type" not in values:
+        values = load_yaml(path)
+        if "model_type" not in values:
             raise UserError(f"`model.config` {path} has no `model_type` key; write the keys of a transformers config")
         return values
     try:
         return AutoConfig.from_pretrained(name).to_dict()
     except (OSError, ValueError) as error:
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"`model.config` {name} is no shipped config ({known}), no file and no Hugging Face model: {reason}"
+            f"`model.config` {name} is no shipped config ({known}), no file and no Hugging Face model: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 
 def _load(path: str, settings: ModelSettings) -> PreTrainedModel:
-    if (os.sep in path or path.startswith(".")) and not Path(path).is_dir():
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
         raise UserError(f"`model.path` {path} is no folder; give a Hugging Face model folder or hub name")
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=settings.attention, **settings.overrides
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _no_model(path, error) from error
+    _check_keys(config, settings.overrides)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            attn_implementation=settings.attention,
+            ignore_mismatched_sizes=True,  # they are in the report
+            output_loading_info=True,
+            **settings.overrides,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"`model.path` {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (*_UNFIT, ImportError, OSError, SafetensorError) as error:
+        raise _no_model(path, error) from error
+    model, report = loaded
+    lacking = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
+    if lacking:
+        raise UserError(
+            f"`model.path` {path}: {len(lacking)} weights are missing there or have another size, e.g. `{lacking[0]}`; "
+            "give a whole model, and no sizes in `model.overrides`"
+        )
+    return model
+
+
+def _no_model(path: str, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0].rstrip(".")
+    return UserError(f"`model.path` {path} cannot be loaded: {reason}; give a Hugging Face model folder or hub name")
+
+
+def _check_keys(config: Any, keys: Iterable[str]) -> None:
+    for key in keys:
+        if not hasattr(config, key):
+            raise UserError(
+                f"`model.config` or `model.overrides`: {type(config).__name__} has no key `{key}`; correct it"
+            )
