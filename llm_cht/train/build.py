@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from llm_cht.data.text import TextData, check_vocabulary, load_text
+from llm_cht.errors import UserError
 from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.models import build_model
 from llm_cht.sparse.surgery import sparsify
@@ -90,9 +91,8 @@ def build(settings: RunSettings, say: Callable[[str], None]) -> Built:
     engine = start_engine(
         train.device, train.precision, train.batch_size // (train.micro_batch_size or train.batch_size)
     )
-    data = load_text(settings.data, settings.seed)
     model: Any = build_model(settings.model, settings.seed)
-    check_vocabulary(data.tokenizer, model.config.vocab_size)
+    _check_length(settings.data.sequence_length, model.config)
     model.to(device=engine.device, dtype=engine.model_dtype)
     if train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -105,6 +105,17 @@ def build(settings: RunSettings, say: Callable[[str], None]) -> Built:
     updater = None
     if sparse is not None:
         updater = TopologyUpdater(sparse, resolve(settings.method, train.steps), optimizer, settings.seed)
+    data = load_text(settings.data, settings.seed)  # last: it can take hours, the mistakes above show at once
+    check_vocabulary(data.tokenizer, model.config.vocab_size)
     forward = engine.accelerator.prepare_model(torch.compile(model) if train.compile else model)
     parts = Parts(model, optimizer, updater, data.train, Progress())
     return Built(settings, engine, data, model, forward, optimizer, updater, parts)
+
+
+def _check_length(sequence_length: int, config: Any) -> None:
+    longest = getattr(config, "max_position_embeddings", None)  # some families have no bound
+    if longest is not None and sequence_length > longest:
+        raise UserError(
+            f"`data.sequence_length` = {sequence_length} is above the model's `max_position_embeddings` = {longest}; "
+            "lower it, or set `model.overrides.max_position_embeddings`"
+        )
