@@ -117,6 +117,7 @@ class TopologyUpdater:
 
     def _figures(self, step: int, update: int, changes: Mapping[str, LayerChange]) -> dict[str, Any]:
         neurons = [self._anp(group) for group in self.sparse.groups]
+        all_neurons = sum(total for _, total in neurons)  # 0 where no layers belong together
         explored = itop(self.union)
         regrown = {name: change.regrown for name, change in changes.items()}
         overlap = elm_overlap({name: change.returned for name, change in changes.items()}, regrown)
@@ -138,7 +139,7 @@ class TopologyUpdater:
             "percolated": sum(change.percolated for change in changes.values()),
             "regrown": sum(regrown.values()),
             "overlap": overlap.overall,
-            "anp": sum(active for active, _ in neurons) / max(1, sum(total for _, total in neurons)),
+            "anp": sum(active for active, _ in neurons) / all_neurons if all_neurons else None,
             "itop": explored.overall,
             "itop_mean": explored.mean,
             "layers": layers,

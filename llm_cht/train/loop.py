@@ -25,7 +25,7 @@ from llm_cht.train.build import Built, build
 from llm_cht.train.checkpoint import CheckpointStore
 from llm_cht.train.config import RunSettings, check
 from llm_cht.train.metrics import Meter, MetricsLog, peak_tflops, training_flops_per_token
-from llm_cht.train.rundir import open_run
+from llm_cht.train.rundir import find_run, write_config
 from llm_cht.train.signals import StopSignals
 from llm_cht.train.state import collect, restore
 from llm_cht.train.validate import Validation, count_targets, validate
@@ -49,9 +49,15 @@ def train(settings: RunSettings, say: Callable[[str], None] = print) -> Outcome:
         UserError: a mistake in the settings, files or environment; a loss that is not finite.
     """
     check(settings)
+    run, checkpoint = find_run(settings, say)
+    built = build(settings, say)
+    if checkpoint is not None:
+        _check_data(checkpoint.state["data_fingerprint"], built.data.fingerprint, str(checkpoint.path))
+        restore(built.parts, checkpoint)
+        say(f"resumed from {checkpoint.path}")
+    write_config(run, settings)
+    # until here a signal ends the program as usual: nothing is half done
     with StopSignals() as signals:
-        built = build(settings, say)
-        run, checkpoint = open_run(settings, say)
         log = MetricsLog(run, settings.metrics, config=yaml.safe_load(config.dump(settings)))
         try:
             loop = Loop(built, run, log, signals, say)
@@ -59,11 +65,8 @@ def train(settings: RunSettings, say: Callable[[str], None] = print) -> Outcome:
                 log.truncate_after(-1)
                 loop.begin()
             else:
-                _check_data(checkpoint.state["data_fingerprint"], built.data.fingerprint, str(checkpoint.path))
-                restore(built.parts, checkpoint)
                 complete = checkpoint.step == settings.train.steps  # then only its ending is done again
                 log.truncate_after(checkpoint.step, again=("end", "validation") if complete else ("end",))
-                say(f"resumed from {checkpoint.path}")
             return loop.run_to_end()
         finally:
             log.close()

@@ -14,6 +14,8 @@ from llm_cht.errors import UserError
 from llm_cht.train.checkpoint import Checkpoint, resolve
 from llm_cht.train.config import RunSettings
 
+CONFIG_NAME = "config.yaml"
+
 _MAY_CHANGE = (
     "run",
     "resume",
@@ -32,15 +34,17 @@ _MAY_CHANGE = (
 """Settings that a resumed run may change: they decide how it is computed or watched, not what it is."""
 
 
-def open_run(settings: RunSettings, say: Callable[[str], None]) -> tuple[Path, Checkpoint | None]:
-    """The run folder, made if need be, and the checkpoint to go on from.
+def find_run(settings: RunSettings, say: Callable[[str], None]) -> tuple[Path, Checkpoint | None]:
+    """The run folder and the checkpoint to go on from; nothing is written.
 
     Raises:
-        UserError: the folder holds another run, cannot be written, or the checkpoint is of a run with other settings.
+        UserError: the folder holds another run, or the checkpoint is of a run with other settings.
     """
     run = Path(settings.run)
     checkpoint = resolve(settings.resume, run / "checkpoints", say)
-    existing = run / "config.yaml"
+    existing = run / CONFIG_NAME
+    if run.exists() and not run.is_dir():
+        raise UserError(f"`run` {run} is a file; give the name of a folder with `--run`")
     if existing.exists() and settings.resume is None:
         raise UserError(
             f"{run} holds a run already; go on with it by `--resume auto`, or give another folder with `--run`"
@@ -51,14 +55,22 @@ def open_run(settings: RunSettings, say: Callable[[str], None]) -> tuple[Path, C
         _check_same(checkpoint.state["settings"], settings, str(checkpoint.path))
     elif existing.exists():
         _check_same(yaml.safe_load(existing.read_text(encoding="utf-8")), settings, str(existing))
+    return run, checkpoint
+
+
+def write_config(run: Path, settings: RunSettings) -> None:
+    """Make the run folder and write the resolved settings into it, all at once.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        partial = run / ".config.yaml.partial"
+        partial = run / f".{CONFIG_NAME}.partial"
         partial.write_text(config.dump(settings), encoding="utf-8")
-        os.replace(partial, existing)
+        os.replace(partial, run / CONFIG_NAME)
     except OSError as error:
         raise UserError(f"run folder {run}: {error.strerror}; give a folder you may write to with `--run`") from error
-    return run, checkpoint
 
 
 def _check_same(saved: dict[str, Any], settings: RunSettings, place: str) -> None:
