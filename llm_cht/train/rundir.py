@@ -11,6 +11,7 @@ import yaml
 
 from llm_cht import config
 from llm_cht.errors import UserError
+from llm_cht.sparse.folder import disk_errors
 from llm_cht.train.checkpoint import Checkpoint, resolve
 from llm_cht.train.config import RunSettings
 
@@ -41,20 +42,23 @@ def find_run(settings: RunSettings, say: Callable[[str], None]) -> tuple[Path, C
         UserError: the folder holds another run, or the checkpoint is of a run with other settings.
     """
     run = Path(settings.run)
-    checkpoint = resolve(settings.resume, run / "checkpoints", say)
-    existing = run / CONFIG_NAME
-    if run.exists() and not run.is_dir():
-        raise UserError(f"`run` {run} is a file; give the name of a folder with `--run`")
-    if existing.exists() and settings.resume is None:
+    try:
+        present = os.listdir(run)
+    except FileNotFoundError:
+        present = []
+    except OSError as error:
+        raise UserError(f"`run` {run}: {error.strerror}; give a folder you may write to with `--run`") from error
+    if CONFIG_NAME in present and settings.resume is None:
         raise UserError(
             f"{run} holds a run already; go on with it by `--resume auto`, or give another folder with `--run`"
         )
-    if not existing.exists() and run.is_dir() and any(run.iterdir()):
+    if present and CONFIG_NAME not in present:
         raise UserError(f"{run} is not empty and holds no run; give an empty or new folder with `--run`")
+    checkpoint = resolve(settings.resume, run / "checkpoints", say)
     if checkpoint is not None:
         _check_same(checkpoint.state["settings"], settings, str(checkpoint.path))
-    elif existing.exists():
-        _check_same(yaml.safe_load(existing.read_text(encoding="utf-8")), settings, str(existing))
+    if CONFIG_NAME in present:  # with a checkpoint of elsewhere too: the run that is here must not be overwritten
+        _check_same(config.load_yaml(run / CONFIG_NAME), settings, str(run / CONFIG_NAME))
     return run, checkpoint
 
 
@@ -64,30 +68,22 @@ def write_config(run: Path, settings: RunSettings) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    try:
+    text = config.dump(settings)
+    partial = run / f".{CONFIG_NAME}.partial"
+    with disk_errors(run / CONFIG_NAME, len(text), "Or give another folder with `--run`."):
         run.mkdir(parents=True, exist_ok=True)
-        partial = run / f".{CONFIG_NAME}.partial"
-        partial.write_text(config.dump(settings), encoding="utf-8")
-        os.replace(partial, run / CONFIG_NAME)
-    except OSError as error:
-        raise UserError(f"run folder {run}: {error.strerror}; give a folder you may write to with `--run`") from error
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, run / CONFIG_NAME)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _check_same(saved: dict[str, Any], settings: RunSettings, place: str) -> None:
-    old, new = _flat(saved), _flat(yaml.safe_load(config.dump(settings)))
+    old, new = config.flat(saved), config.flat(yaml.safe_load(config.dump(settings)))
     for key in {**old, **new}:
         if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE):
             raise UserError(
                 f"`{key}` is {new.get(key)!r} now and was {old.get(key)!r} in {place}; a resumed run keeps it: "
                 "resume with RUN/config.yaml, or start another run with `--run`"
             )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
