@@ -122,6 +122,8 @@ def check(settings: RunSettings) -> None:
     for key, value in positive.items():
         if value is not None and value < 1:
             raise UserError(f"`{key}` = {value}: must be at least 1")
+    if not 0 <= settings.seed < 2**63:
+        raise UserError(f"`seed` = {settings.seed}: must lie between 0 and 2**63 - 1")
     if train.clip_norm is not None and not train.clip_norm > 0:
         raise UserError(f"`train.clip_norm` = {train.clip_norm}: must be above 0; null switches clipping off")
     micro = train.micro_batch_size or train.batch_size

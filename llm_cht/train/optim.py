@@ -6,6 +6,7 @@ moments of a single link.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,14 +35,14 @@ class OptimizerSettings:
 
     def check(self) -> None:
         """Refuse values outside their range."""
-        if not self.lr > 0:
-            raise UserError(f"`optimizer.lr` = {self.lr}: must be above 0")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"`optimizer.lr` = {self.lr}: must be above 0 and finite")
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"`optimizer.{key}` = {getattr(self, key)}: must lie in [0, 1)")
         for key in ("eps", "weight_decay"):
-            if not getattr(self, key) >= 0:
-                raise UserError(f"`optimizer.{key}` = {getattr(self, key)}: must not be negative")
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UserError(f"`optimizer.{key}` = {getattr(self, key)}: must be finite and not negative")
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
