@@ -67,6 +67,8 @@ def sparsify(model: nn.Module, settings: SparseSettings) -> SparseModel:
             f"model type `{model_type}` has no row in llm_cht/sparse/families.py (known: {', '.join(FAMILIES)}); "
             "name the layers to swap in `sparse.include`, percolation is then off"
         )
+    _check_expressions("include", settings.include or [])
+    _check_expressions("exclude", settings.exclude)
     linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
     chosen = [name for name in linears if _included(name, settings, family.layers if family else frozenset())]
     excluded = {name for name in chosen for pattern in settings.exclude if re.search(pattern, name)}
@@ -92,10 +94,20 @@ def _included(name: str, settings: SparseSettings, family_layers: frozenset[str]
     return any(re.search(pattern, name) for pattern in settings.include)
 
 
+def _check_expressions(key: str, patterns: list[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"`sparse.{key}`: {pattern!r} is no regular expression: {error}; correct it") from error
+
+
 def _check_patterns(
     settings: SparseSettings, linears: dict[str, nn.Module], chosen: list[str], excluded: set[str]
 ) -> None:
     examples = ", ".join(list(linears)[:3]) or "none"
+    if settings.include == []:
+        raise UserError("`sparse.include` = []: no layer would be sparse; null takes the projections of the family")
     for key, patterns, names in (("include", settings.include or [], linears), ("exclude", settings.exclude, chosen)):
         for pattern in patterns:
             if not any(re.search(pattern, name) for name in names):
