@@ -7,8 +7,8 @@ the value at one index depends on how many were drawn before it.
 The names are hashed once, in Python, into three 32-bit round keys; an index then passes three rounds of "xor the round
 key, multiply, fold the upper half of the product onto the lower". All numbers stay below 2**63, so that int64 never
 overflows and every device computes the same bits; three rounds because after two a flipped bit of the index still
-leaves a bias of half a percent in the output. Work goes in chunks that stay in the cache: several times faster than whole
-tensors on a CPU.
+leaves a bias of half a percent in the output. Work goes in chunks that stay in the cache: on a CPU several times faster
+than whole tensors.
 """
 
 import hashlib

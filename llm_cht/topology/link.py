@@ -47,7 +47,8 @@ def ch2_l3n(mask_OI: Tensor, workspace_mb: int) -> Tensor:
 def _node_paths(links_UV: Tensor, workspace_mb: int, out: Tensor, beta: int) -> None:
     """Put beta * out + e_U @ links_UV into ``out`` (U, V), in blocks of rows."""
     num_nodes = links_UV.shape[0]
-    rows = min(num_nodes, (workspace_mb * 2**20 // 4 - max(_PIECE, num_nodes)) // num_nodes)
+    room = workspace_mb * 2**20 // 4 * 7 // 8  # numbers; an eighth is left to buffers inside BLAS
+    rows = min(num_nodes, (room - max(_PIECE, num_nodes)) // num_nodes)
     if rows < 1:
         raise UserError(f"workspace_mb = {workspace_mb} is too small for a layer with {num_nodes} neurons; raise it")
     degree_U = links_UV.sum(dim=1)
