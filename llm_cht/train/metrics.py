@@ -11,24 +11,24 @@ import math
 import os
 import resource
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from llm_cht.errors import UserError
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from llm_cht.sparse.folder import disk_errors, sync
 
 FILE_NAME = "metrics.jsonl"
+_KEPT = "The checkpoints are untouched."
 
 # Dense bf16 peaks in TFLOP/s, from the data sheets; the first name contained in the device's name counts.
 PEAK_TFLOPS = {
@@ -83,7 +83,8 @@ class MetricsLog:
         """Open the log of the folder ``run``; ``config`` (the resolved settings) is only shown in W&B."""
         settings.check()
         self.path = run / FILE_NAME
-        self._file = self.path.open("a", encoding="utf-8")
+        with disk_errors(self.path, 0, _KEPT):
+            self._file = self.path.open("a", encoding="utf-8")
         self._started = time.monotonic()
         self._purge_step: int | None = None
         self._wandb = None if settings.wandb_project is None else _start_wandb(run, settings.wandb_project, config)
@@ -94,25 +95,25 @@ class MetricsLog:
         return time.monotonic() - self._started
 
     @cached_property
-    def _tensorboard(self) -> "SummaryWriter":
-        from torch.utils.tensorboard import SummaryWriter  # here, because the import takes a second
-
-        return SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self._purge_step)
+    def _events(self) -> "_EventFile":
+        return _EventFile(self.path.parent / "tensorboard", self._purge_step)
 
     def log(self, kind: str, step: int, tokens: int, values: Mapping[str, Any]) -> None:
         """Write one record to all places.
 
         ``step`` counts optimizer steps done, ``tokens`` target tokens seen. ``values`` may hold numbers, strings,
         0-d tensors, lists and nested mappings. TensorBoard and W&B get the numbers: those of ``values`` as
-        ``kind/name``, those of its ``layers`` mapping as ``layers/<layer>/<name>``.
+        ``kind/name``, those of its ``layers`` mapping as ``layers/<layer>/<name>``. Raises ``UserError`` if it cannot
+        be written.
         """
         values = _plain(values)
         record = {"kind": kind, "step": step, "tokens": tokens, "seconds": round(self.seconds, 3), **values}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(record, allow_nan=False) + "\n"
         scalars = _scalars(kind, values)
-        for tag, value in scalars.items():
-            self._tensorboard.add_scalar(tag, value, step)
+        with disk_errors(self.path, len(line), _KEPT):
+            self._file.write(line)
+            self._file.flush()
+            self._events.add(step, scalars)
         if self._wandb is not None:
             self._wandb.log({"step": step, "tokens": tokens, **scalars})
 
@@ -123,7 +124,7 @@ class MetricsLog:
         last line; the file is replaced atomically. ``seconds`` goes on from the last record kept, and TensorBoard hides
         the later events. W&B cannot take points back and shows the repeated steps twice.
         """
-        assert "_tensorboard" not in vars(self), "truncate_after comes before the first log()"
+        assert "_events" not in vars(self), "truncate_after comes before the first log()"
         records = [
             record
             for record in read_metrics(self.path)
@@ -131,23 +132,65 @@ class MetricsLog:
         ]
         self._file.close()
         partial = self.path.with_suffix(".jsonl.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        with disk_errors(self.path, len(text), _KEPT):
+            try:
+                partial.write_text(text, encoding="utf-8")
+                sync(partial)
+                partial.replace(self.path)
+            finally:
+                partial.unlink(missing_ok=True)
         self._file = self.path.open("a", encoding="utf-8")
         self._started = time.monotonic() - (records[-1]["seconds"] if records else 0.0)
         self._purge_step = step + 1
 
     def close(self) -> None:
-        """Flush and close everything; further calls do nothing."""
-        self._file.close()
-        if "_tensorboard" in vars(self):
-            self._tensorboard.close()
+        """Close everything; further calls do nothing."""
+        with suppress(OSError):  # every record was flushed: what fails again was reported by log()
+            self._file.close()
+        if "_events" in vars(self):
+            self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
+
+
+class _EventFile:
+    """TensorBoard's view of the records.
+
+    Rejected: ``SummaryWriter``, which writes in a thread of its own, where a full disk is a traceback that nobody can
+    catch.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        """Open a new event file; it hides the events that earlier parts of the run have from ``purge_step`` on."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # here, because the import takes a second
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        self._file = (folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}").open("wb")
+        self._writer = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write numbers by tag."""
+        from torch.utils.tensorboard.summary import scalar
+
+        for tag, value in scalars.items():
+            self._write(step=step, summary=scalar(tag, value))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; as for the records, all that can fail was flushed before."""
+        with suppress(OSError):
+            self._file.close()
+
+    def _write(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
