@@ -19,7 +19,7 @@ from tqdm import tqdm
 from llm_cht import config
 from llm_cht.data.text import unigram_perplexity
 from llm_cht.errors import UserError
-from llm_cht.sparse.folder import Topology, save_model_folder, write_topology
+from llm_cht.sparse.folder import Topology, disk_errors, save_model_folder, write_topology
 from llm_cht.train import lr
 from llm_cht.train.build import Built, build
 from llm_cht.train.checkpoint import CheckpointStore
@@ -102,7 +102,10 @@ class Loop:
         lonely = {"outputs": 0, "inputs": 0}
         if self.built.updater:
             lonely = self.built.updater.start()
-            write_topology(self.run, self.built.updater.masks, self.settings.method.preset, 0, stem="topology_start")
+            masks = self.built.updater.masks
+            needed = sum(mask.numel() for mask in masks.values()) // 8
+            with disk_errors(self.run / "topology_start.safetensors", needed, "There is no checkpoint yet."):
+                write_topology(self.run, masks, self.settings.method.preset, 0, stem="topology_start")
         self.log.log("start", 0, 0, self.built.start_record(lonely))
 
     def run_to_end(self) -> Outcome:

@@ -70,7 +70,7 @@ def write_config(run: Path, settings: RunSettings) -> None:
     """
     text = config.dump(settings)
     partial = run / f".{CONFIG_NAME}.partial"
-    with disk_errors(run / CONFIG_NAME, len(text), "Or give another folder with `--run`."):
+    with disk_errors(run / CONFIG_NAME, len(text), "Nothing was written; `--run` gives another folder."):
         run.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_text(text, encoding="utf-8")
