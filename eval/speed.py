@@ -1,5 +1,6 @@
 """What the rules cost, as ratios to plain torch calls on the same machine in the same run.
 
+    python eval/speed.py step        # a training step of LLaMA-60M, masked over dense, optimizer included
     python eval/speed.py update      # link scores and a whole topology update over bare matrix products; peak memory
     python eval/speed.py select      # selection from 45 M positions over torch.topk; peak memory
 
@@ -19,14 +20,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_cht import __version__
+from llm_cht.models import ModelSettings, build_model
+from llm_cht.sparse.surgery import SparseSettings, sparsify
 from llm_cht.topology.keys import Keys
 from llm_cht.topology.link import ch2_l3n
 from llm_cht.topology.method import Method, MethodSettings, Moment, resolve, update_group
 from llm_cht.topology.percolate import Group, Mlp, QueryKey, ValueOutput
 from llm_cht.topology.select import choose, choose_missing, top_k
+from llm_cht.train.engine import Engine, Precision, start_engine
+from llm_cht.train.optim import OptimizerSettings, build_optimizer
 
 Variants = Mapping[str, Callable[[], object]]
 
@@ -143,7 +148,36 @@ def select_table(repetitions: int) -> None:
     print("\n".join(memory))
 
 
-TABLES: dict[str, Callable[[int], None]] = {"update": update_table, "select": select_table}
+def step_table(repetitions: int) -> None:
+    print("\n| what | variant | ms | ratio |\n| --- | --- | --- | --- |")
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    for precision in precisions:
+        engine = start_engine("cpu", precision, 1)
+        steps = {}
+        for name in ("dense", "masked"):
+            model = build_model(ModelSettings(), seed=0).train()
+            if name == "masked":
+                for number, layer in enumerate(sparsify(model, SparseSettings()).layers.values()):
+                    layer.set_mask(
+                        torch.rand(layer.mask.shape, generator=torch.Generator().manual_seed(number)) < DENSITY
+                    )
+            steps[name] = partial(_step, engine, model, build_optimizer(model, OptimizerSettings()))
+        for sequences in (1, 8):
+            tokens = torch.randint(0, 32000, (sequences, 256))
+            variants = {name: partial(step, tokens) for name, step in steps.items()}
+            compare(f"step of {sequences} x 256 tokens, {precision}", variants, repetitions)
+
+
+def _step(engine: Engine, model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
+    with engine.autocast():
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+TABLES: dict[str, Callable[[int], None]] = {"step": step_table, "update": update_table, "select": select_table}
 
 
 def processor() -> str:
