@@ -82,10 +82,10 @@ def unlinked(mask_OI: Tensor) -> tuple[int, int]:
 def repair(mask_OI: Tensor, keys: Keys) -> Tensor:
     """Move one link to each neuron without any; the number of links stays.
 
-    A link that is moved comes from two neurons that keep others.
+    A link that is moved comes from two neurons that keep others. With at least out + in links there always is one.
 
     Raises:
-        UserError: too few links for all neurons.
+        UserError: too few links can be moved.
     """
     num_outputs, num_inputs = mask_OI.shape
     outputs, inputs = (~mask_OI.any(dim=1)).nonzero().squeeze(1), (~mask_OI.any(dim=0)).nonzero().squeeze(1)
@@ -107,7 +107,7 @@ def repair(mask_OI: Tensor, keys: Keys) -> Tensor:
             spare.append(link)
     if len(spare) < count:
         raise UserError(
-            f"`method.repair`: {len(links) - count} links cannot reach all neurons of `{keys.layer}` "
+            f"`method.repair`: {len(links) - count} links are too few to reach all neurons of `{keys.layer}` "
             f"({num_outputs}, {num_inputs}); lower `method.sparsity` or set `method.repair: false`"
         )
     mask.view(-1)[spare] = False
