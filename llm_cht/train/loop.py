@@ -123,7 +123,7 @@ class Loop:
                     self._write_train(figures, bar)
                 bar.update()
                 with self.meter.paused():
-                    self._after_step(total)
+                    self._after_step(total, sound=math.isfinite(figures["loss"] + figures["grad_norm"]))
         if progress.step < total:
             path = self._saved if self._saved_step == progress.step else self.save()
             self.say(f"{self.signals.requested}: saved {path}\nresume with: {self.resume_command}")
@@ -189,10 +189,15 @@ class Loop:
         if train.on_nonfinite == "skip" and progress.skipped <= train.max_skipped:
             self.say(f"step {step} skipped: loss {loss}, gradient norm {norm}")
             return
-        why = f"; {progress.skipped - 1} steps were skipped before" if train.on_nonfinite == "skip" else ""
-        raise UserError(
-            f"step {step}: loss {loss}, gradient norm {norm}{why}. No checkpoint was overwritten. Lower "
-            f"`optimizer.lr` or `train.clip_norm`, or set `train.on_nonfinite: skip`; go on with: {self.resume_command}"
+        what = f"loss {loss}, gradient norm {norm} at step {step}"
+        if train.on_nonfinite == "skip":
+            raise self._not_finite(f"{what}; {train.max_skipped} were skipped (`train.max_skipped`)")
+        raise self._not_finite(what, f", or skip such steps: {self.resume_command} --train.on_nonfinite skip")
+
+    def _not_finite(self, what: str, other: str = "") -> UserError:
+        return UserError(
+            f"{what}. No checkpoint was overwritten. Start another run (`--run`) with a lower `optimizer.lr` or "
+            f"`train.clip_norm`{other}"
         )
 
     def _write_train(self, figures: dict[str, float], bar: tqdm) -> None:
@@ -209,15 +214,18 @@ class Loop:
             shown["val ppl"] = f"{math.exp(min(progress.last_validation['loss'], 700)):.1f}"
         bar.set_postfix(shown, refresh=False)
 
-    def _after_step(self, total: int) -> None:
-        """Validation and checkpoint where they are due; the last step is left to ``_finish``."""
+    def _after_step(self, total: int, sound: bool) -> None:
+        """Validation and checkpoint where they are due; the last step is left to ``_finish``.
+
+        After a skipped step (not ``sound``) the weights may be beyond repair: it must not push out a good checkpoint.
+        """
         step, settings = self.progress.step, self.settings
         if step == total:
             return
         best = False
         if settings.validation.every and step % settings.validation.every == 0:
             best = self._validate(settings.validation.max_tokens)
-        due = settings.checkpoint.every is not None and step % settings.checkpoint.every == 0
+        due = sound and settings.checkpoint.every is not None and step % settings.checkpoint.every == 0
         if due or (best and settings.checkpoint.save_best):
             self.save(best)
 
@@ -228,6 +236,8 @@ class Loop:
         progress.last_validation = {"loss": result.loss, "step": progress.step}
         record = {"loss": result.loss, "perplexity": result.perplexity, "validation_tokens": result.num_tokens}
         self.log.log("validation", progress.step, progress.tokens, record | {"full": max_tokens is None})
+        if not math.isfinite(result.loss):
+            raise self._not_finite(f"validation loss {result.loss} after step {progress.step}")
         best = progress.best_loss is None or result.loss < progress.best_loss
         if best:
             progress.best_loss = result.loss
