@@ -87,13 +87,18 @@ class TopologyUpdater:
 
     @torch.no_grad()
     def update(self, step: int) -> dict[str, Any]:
-        """One topology update after optimizer step ``step``; returns its figures for the metrics."""
+        """One topology update after optimizer step ``step``; returns its figures for the metrics.
+
+        Raises:
+            UserError: weights that are not finite, which have no order.
+        """
         begin = time.perf_counter()
         shards.check_optimizer(self.optimizer)
         moment = Moment(step, step // self.method.updates.interval, self.seed)
         changes: dict[str, LayerChange] = {}
         for group in self.sparse.groups:
             weights = {name: shards.master(self.sparse.layers[name].weight) for name in group.layers}
+            _check_finite(weights, step)
             masks = {name: self.sparse.layers[name].mask for name in group.layers}
             changes |= update_group(self.method, group, weights, masks, self._has_bias, moment)
         for name, change in changes.items():
@@ -196,3 +201,12 @@ class TopologyUpdater:
                 history[self.union[name] & ~layer.mask] = tensors[f"history.{name}"].to(device)
                 self.history[name] = history
         self.last_update = values["last_update"]
+
+
+def _check_finite(weights: Mapping[str, Tensor], step: int) -> None:
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(
+                f"the weights of `{name}` are not finite after step {step}; start another run (`--run`) with a lower "
+                "`optimizer.lr` or `train.clip_norm`"
+            )
