@@ -203,9 +203,7 @@ def test_repair_links_every_neuron_and_moves_no_more_than_it_must(shape: tuple[i
 def test_repair_refuses_what_cannot_be():
     lonely = torch.zeros(4, 4, dtype=torch.bool)
     lonely[0, :3] = True
-    with pytest.raises(
-        UserError, match=r"`method.repair`: 3 links .* `layer` \(4, 4\); lower `method.sparsity`"
-    ):
+    with pytest.raises(UserError, match=r"`method.repair`: 3 links .* `layer` \(4, 4\); lower `method.sparsity`"):
         repair(lonely, keys())
 
 
