@@ -94,7 +94,7 @@ class TopologyUpdater:
         """
         begin = time.perf_counter()
         shards.check_optimizer(self.optimizer)
-        moment = Moment(step, step // self.method.updates.interval, self.seed)
+        moment = Moment(step, self.method.updates.index(step), self.seed)
         changes: dict[str, LayerChange] = {}
         for group in self.sparse.groups:
             weights = {name: shards.master(self.sparse.layers[name].weight) for name in group.layers}
@@ -128,7 +128,7 @@ class TopologyUpdater:
         overlap = elm_overlap({name: change.returned for name, change in changes.items()}, regrown)
         layers = {
             name: {
-                "sparsity": 1 - int(change.mask.sum()) / change.mask.numel(),
+                "sparsity": 1 - int(change.mask.count_nonzero()) / change.mask.numel(),
                 "itop": explored.layers[name],
                 "overlap": overlap.layers[name],
             }
@@ -156,7 +156,7 @@ class TopologyUpdater:
 
     def density(self) -> float:
         """Existing links over all positions of the sparse layers, now."""
-        links = sum(int(layer.mask.sum()) for layer in self.sparse.layers.values())
+        links = sum(int(layer.mask.count_nonzero()) for layer in self.sparse.layers.values())
         return links / sum(layer.mask.numel() for layer in self.sparse.layers.values())
 
     def digest(self) -> str:

@@ -134,7 +134,7 @@ def write_topology(folder: Path, masks: Mapping[str, Tensor], preset: str, step:
     """Write ``STEM.safetensors`` and ``STEM.json`` into an existing folder; masks are bool (out, in)."""
     layers = {}
     for name, mask_OI in masks.items():
-        links = int(mask_OI.sum())
+        links = int(mask_OI.count_nonzero())
         layers[name] = {"shape": list(mask_OI.shape), "links": links, "sparsity": 1 - links / mask_OI.numel()}
     about = {"format": FORMAT, "preset": preset, "step": step, "digest": bits.digest(masks), "layers": layers}
     save_file({name: bits.pack(mask_OI).cpu() for name, mask_OI in masks.items()}, folder / f"{stem}.safetensors")
@@ -154,7 +154,7 @@ def read_topology(folder: Path, stem: str = "topology") -> Topology:
         if packed[name].numel() != (out_features * in_features + 7) // 8:
             raise _mismatch(folder, stem, f"{packed[name].numel()} bytes of {name!r} are no {layer['shape']} mask")
         masks[name] = bits.unpack(packed[name], (out_features, in_features))
-        if (links := int(masks[name].sum())) != layer["links"]:
+        if (links := int(masks[name].count_nonzero())) != layer["links"]:
             raise _mismatch(folder, stem, f"{name!r} has {links} links, the JSON file says {layer['links']}")
     if bits.digest(masks) != about["digest"]:
         raise _mismatch(folder, stem, "the digest of the masks is not the one in the JSON file")
@@ -268,9 +268,9 @@ def _count_links(folder: Path, name: str, weight_OI: Tensor, mask_OI: Tensor) ->
             "the weights and topology.* are of two models: copy the folder again or export the model again"
         )
     nonzero_OI = weight_OI != 0
-    if off := int((nonzero_OI & ~mask_OI).sum()):
+    if off := int((nonzero_OI & ~mask_OI).count_nonzero()):
         raise UserError(
             f"{folder}: {off} weights of {name!r} are not 0 where topology.safetensors has no link; "
             "the weights were changed after the export: export the model again"
         )
-    return LinkCount(links=int(mask_OI.sum()), nonzero=int((nonzero_OI & mask_OI).sum()))
+    return LinkCount(links=int(mask_OI.count_nonzero()), nonzero=int((nonzero_OI & mask_OI).count_nonzero()))

@@ -139,27 +139,19 @@ class Method:
     settings: Any
     """a ``MethodSettings`` without any None; Any, since its fields are typed as optional"""
     updates: Updates
+    """up to ``settings.end_step``, or to the end of a density window that outlasts it and goes on pruning"""
     zeta: Anneal
     temperature: Temperature
     density: Density
 
     def due(self, step: int) -> bool:
-        """Whether a topology update follows optimizer step ``step``.
-
-        A density window that outlasts ``end_step`` goes on pruning.
-        """
-        last = max(self.updates.end_step if self.evolves else 0, self.density.end_step if self.decays else 0)
-        return step % self.updates.interval == 0 and 0 < step <= last
+        """Whether a topology update follows optimizer step ``step``."""
+        return self.updates.due(step)
 
     @property
     def evolves(self) -> bool:
         """Whether links are removed and regrown."""
         return self.settings.zeta > 0
-
-    @property
-    def decays(self) -> bool:
-        """Whether the density falls while training."""
-        return self.settings.density != "constant"
 
     def start(self, shape: tuple[int, int], keys: Keys) -> Tensor:
         """First mask (out, in) with exactly the scheduled number of links."""
@@ -180,12 +172,13 @@ def resolve(settings: MethodSettings, total_steps: int) -> Method:
     end_step = int(0.75 * total_steps) if full.end_step is None else full.end_step
     density_end = end_step if full.density_end_step is None else full.density_end_step
     full = replace(full, end_step=end_step, density_end_step=density_end)
-    start, end = density_window(0, density_end, full.update_interval, bool(full.half_window))
+    start, end = density_window(0, density_end, full.update_interval, full.half_window)
     final = 1 - full.sparsity
     decays = full.density != "constant"
+    last_update = max(end_step if full.zeta > 0 else 0, end if decays else 0)
     return Method(
         settings=full,
-        updates=Updates(full.update_interval, end_step),
+        updates=Updates(full.update_interval, last_update),
         zeta=Anneal(full.zeta, end_step, full.zeta_schedule),
         temperature=Temperature(full.temperature_start, full.temperature_end, end_step, full.interpolate),
         density=Density(full.density, 1 - full.start_sparsity if decays else final, final, start, end),
@@ -257,7 +250,7 @@ def update_group(
         The new mask of each layer, which has exactly the scheduled number of links, and the counts.
     """
     settings = method.settings
-    evolving = method.evolves and moment.step <= method.updates.end_step
+    evolving = method.evolves and moment.step <= settings.end_step
     layers = {name: Keys(moment.seed, moment.update, name) for name in group.layers}
     targets = {name: num_links(masks[name].shape, method.density(moment.step)) for name in layers}
     decayed = {name: _decay(method, weights[name], masks[name], targets[name], keys) for name, keys in layers.items()}
@@ -283,7 +276,7 @@ def active_neurons(
 
 
 def _decay(method: Method, weight: Tensor, mask: Tensor, target: int, keys: Keys) -> Tensor:
-    if int(mask.sum()) <= target:
+    if int(mask.count_nonzero()) <= target:
         return mask
     score = SCORES[method.settings.pruning](weight, mask, None)
     return _keep(score, mask, lambda of_links, index: choose(of_links, target, None, keys, "prune", index))
@@ -291,7 +284,7 @@ def _decay(method: Method, weight: Tensor, mask: Tensor, target: int, keys: Keys
 
 def _remove(method: Method, weight: Tensor, mask: Tensor, keys: Keys, moment: Moment) -> Tensor:
     settings = method.settings
-    links = int(mask.sum())
+    links = int(mask.count_nonzero())
     keep = links - math.floor(method.zeta(moment.step) * links)
     exponent = method.temperature(moment.step) if settings.removal_choice == "soft" else None
     score = SCORES[settings.removal](weight, mask, None)
@@ -310,7 +303,7 @@ def _regrow(method: Method, mask: Tensor, target: int, keys: Keys) -> Tensor:
     settings = method.settings
     delta = settings.regrowth_delta
     exponent = delta / (1 - delta) if settings.regrowth_choice == "soft" else None
-    missing = target - int(mask.sum())
+    missing = target - int(mask.count_nonzero())
     if missing == 0:
         return mask
     score = PREDICTORS[settings.regrowth](mask, settings.workspace_mb)
@@ -327,9 +320,9 @@ def _change(
     grown: Tensor | None = None,
 ) -> LayerChange:
     if kept is None or passing is None or grown is None:
-        return LayerChange(decayed, int(before.sum()) - int(decayed.sum()), 0, 0, 0, 0)
-    counts = [int(mask.sum()) for mask in (before, decayed, kept, passing, grown)]
-    returned = int((decayed & ~passing & grown).sum())
+        return LayerChange(decayed, int(before.count_nonzero()) - int(decayed.count_nonzero()), 0, 0, 0, 0)
+    counts = [int(mask.count_nonzero()) for mask in (before, decayed, kept, passing, grown)]
+    returned = int((decayed & ~passing & grown).count_nonzero())
     pruned, removed, percolated, lost = (a - b for a, b in itertools.pairwise(counts))
     return LayerChange(grown, pruned, removed, percolated, -lost, returned)
 

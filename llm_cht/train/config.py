@@ -132,7 +132,13 @@ def check(settings: RunSettings) -> None:
             f"`train.batch_size` = {train.batch_size} is no multiple of `train.micro_batch_size` = {micro}; "
             "change one of them"
         )
-    resolve(settings.method, train.steps)
+    method = resolve(settings.method, train.steps)
     lr.check(settings.lr, train.steps)
+    interval, rewarm = method.updates.interval, settings.lr.rewarm_steps
+    if method.updates.count and settings.lr.rewarm != "off" and rewarm > interval:
+        raise UserError(
+            f"`lr.rewarm_steps` = {rewarm} is above `method.update_interval` = {interval}: the learning rate would "
+            "not reach its peak between two updates; lower it, or set `lr.rewarm: off`"
+        )
     settings.optimizer.check()
     settings.metrics.check()

@@ -179,7 +179,8 @@ class Loop:
         base = lr.base_factor(self.settings.lr, step, self.settings.train.steps)
         if updater is None:
             return base, 1.0
-        interval = updater.method.updates.interval
+        updates = updater.method.updates
+        interval = updates.interval if updates.count else None
         return base, lr.rewarm_factor(self.settings.lr, step, updater.last_update, interval)
 
     def _skip(self, step: int, loss: float, norm: float) -> None:
