@@ -58,8 +58,9 @@ class FileSource:
         return len(self.files)
 
     def content(self, sampled: bool) -> str:
-        """Digest of the bytes of all files in order; ``sampled``: of each file's size and first MiB."""
-        return digest_of([self.text_field, self.rule, *(_file_digest(path, sampled) for path in self.files)])
+        """Digest of formats and bytes of all files in order; ``sampled``: of each file's size and first MiB."""
+        files = [[path.suffix, kind(path), _file_digest(path, sampled)] for path in self.files]
+        return digest_of([self.text_field, self.rule, files])
 
     def documents(self, shard: int, start: int = 0) -> Iterator[str]:
         """Documents of file number ``shard``."""
