@@ -66,7 +66,9 @@ def read_documents(path: Path, text_field: str, rule: Rule | None, start: int = 
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a whole parquet file ({reason}); fetch it again") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror or error}; correct its permissions, or fetch it again"
+        ) from error
 
 
 def _documents(path: Path, text_field: str, rule: Rule | None, start: int) -> Iterator[str]:

@@ -77,7 +77,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = (str(error).splitlines() or [""])[0]
-            raise UserError(f"{place}: no tokenizer can be loaded from it: {reason}") from error
+            raise UserError(
+                f"{place}: no tokenizer can be loaded from it: {reason}; give a folder with `tokenizer.json`, a "
+                "`.model` file or a name of the hub"
+            ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{place}: it has no end token, which separates documents; take a tokenizer with an eos token")
     return tokenizer
