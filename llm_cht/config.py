@@ -167,10 +167,12 @@ def _check_keys(keys: Iterable[str], known: dict[str, bool], place: str) -> None
     for key in keys:
         if key in known or key.startswith(free):
             continue
-        last = {name.rsplit(".", 1)[-1]: name for name in known}
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
-            last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)
-        ]
+        leaves = [name for name in known if not any(other.startswith(f"{name}.") for other in known)]
+        word = key.rpartition(".")[2]
+        namesakes = [name for name in leaves if name.rpartition(".")[2] == word]
+        last = {name.rpartition(".")[2]: name for name in leaves}
+        near = difflib.get_close_matches(key, namesakes, n=1, cutoff=0) or difflib.get_close_matches(key, leaves, n=1)
+        near = near or [last[name] for name in difflib.get_close_matches(word, last, n=1)]
         hint = f"did you mean `{near[0]}`?" if near else "`--help` lists the known keys"
         raise UserError(f"unknown key `{key}` in {place}; {hint}")
 
