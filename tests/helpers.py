@@ -1,5 +1,6 @@
-"""A run small enough for a test, through the real command line."""
+"""A run small enough for a test, through the real command line, and what a refused one must look like."""
 
+import hashlib
 import json
 import os
 import random
@@ -85,3 +86,22 @@ def learned(run: Path) -> tuple[bytes, bytes, list[float]]:
     masks = run / "model" / "topology.safetensors"
     losses = [record["loss"] for record in records(run, "train")]
     return weights, masks.read_bytes(), losses
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """What is in a folder: the hash of every file, and every empty folder, by relative path."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def told(code: int, err: str, *parts: str) -> None:
+    """A command ended with 2 and one message, the last line of standard error, which holds ``parts``."""
+    lines = err.strip().splitlines()
+    assert code == 2, (code, err)
+    assert [line.startswith("llm-cht: error: ") for line in lines].count(True) == 1, err
+    assert lines[-1].startswith("llm-cht: error: "), err
+    assert "Traceback" not in err, err
+    for part in parts:
+        assert part in lines[-1], (part, lines[-1])
