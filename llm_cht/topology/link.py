@@ -19,7 +19,7 @@ from llm_cht.errors import UserError
 
 Predictor = Callable[[Tensor, int], Tensor]
 
-_PIECE = 1 << 17  # numbers per elementwise piece
+_PIECE = 1 << 18  # numbers per elementwise piece
 
 
 def random(mask_OI: Tensor, workspace_mb: int) -> Tensor:
@@ -48,7 +48,8 @@ def _node_paths(links_UV: Tensor, workspace_mb: int, out: Tensor, beta: int) -> 
     """Put beta * out + e_U @ links_UV into ``out`` (U, V), in blocks of rows."""
     num_nodes = links_UV.shape[0]
     room = workspace_mb * 2**20 // 4 * 7 // 8  # numbers; an eighth is left to buffers inside BLAS
-    rows = min(num_nodes, (room - max(_PIECE, num_nodes)) // num_nodes)
+    piece_rows = max(1, min(_PIECE, room // 2) // num_nodes)
+    rows = min(num_nodes, room // num_nodes - piece_rows)
     if rows < 1:
         raise UserError(f"workspace_mb = {workspace_mb} is too small for a layer with {num_nodes} neurons; raise it")
     degree_U = links_UV.sum(dim=1)
@@ -56,7 +57,7 @@ def _node_paths(links_UV: Tensor, workspace_mb: int, out: Tensor, beta: int) -> 
     for start in range(0, num_nodes, rows):
         block = slice(start, min(start + rows, num_nodes))
         common_BU = torch.mm(links_UV[block], links_UV.T, out=common[: block.stop - start])
-        for piece in common_BU.split(max(1, _PIECE // num_nodes)):
+        for piece in common_BU.split(piece_rows):
             _common_to_weight_(piece, degree_U)
         out[block].addmm_(common_BU, links_UV, beta=beta)
 

@@ -35,6 +35,19 @@ def test_top_k_is_exact_and_breaks_ties_by_the_bits(levels, data):
     assert top_k(score, k, KEYS, "tie", index).tolist() == sorted(best)
 
 
+@pytest.mark.parametrize("k", [1, 50, 7000, 90_000, 250_000])
+def test_top_k_of_many_scores(k):
+    """Long enough for the bound from a sample, with many ties, and with a peak that the sample overrates or misses."""
+    uniform = torch.rand(300_000, generator=torch.Generator().manual_seed(0))
+    peaked, sampled = uniform.clone(), uniform.clone()
+    peaked[1000:1020] += 5
+    sampled[:: 300_000 // (1 << 14) | 1] += 5
+    for score in (uniform, (100 * uniform).floor(), peaked, sampled):
+        chosen = top_k(score, k, KEYS, "tie")
+        assert torch.equal(score[chosen].sort().values, score.sort().values[-k:])
+        assert len(chosen.unique()) == k
+
+
 def test_ties_differ_between_keys_and_are_fair():
     taken = torch.zeros(10)
     for seed in range(2000):
