@@ -20,7 +20,7 @@ from llm_cht.errors import UserError
 from llm_cht.report import networks, plots
 from llm_cht.report.networks import KindRow
 from llm_cht.report.plots import compact
-from llm_cht.sparse.folder import Topology, read_topology
+from llm_cht.sparse.folder import Topology, read_topology, write_whole
 from llm_cht.train.metrics import FILE_NAME, read_metrics
 
 Record = Mapping[str, Any]
@@ -99,7 +99,7 @@ def write_report(run: Path) -> Path:
     )
     path = run / "report.html"
     try:
-        path.write_text(page, encoding="utf-8")
+        write_whole(path, page)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; make the folder writable or free space") from error
     return path

@@ -53,7 +53,7 @@ class LinkCount:
     nonzero: int
 
 
-# ---- folders that appear whole ----
+# ---- folders and files that appear whole ----
 
 
 def _hidden(target: Path, role: str) -> Path:
@@ -98,6 +98,17 @@ def new_folder(target: Path) -> Iterator[Path]:
         sync(target.parent)
     finally:
         settle(target)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there; until then ``path`` is as it was."""
+    fresh = _hidden(path, "new")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        sync(fresh)
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def discard(folder: Path) -> None:

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llm_cht.errors import UserError
-from llm_cht.sparse.folder import discard, disk_errors, new_folder, settle, sync
+from llm_cht.sparse.folder import discard, disk_errors, new_folder, settle, sync, write_whole
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -143,10 +143,7 @@ class CheckpointStore:
     def _point_to_best(self) -> None:
         best = self.best()
         if best is not None:
-            fresh = self.root / ".best.json.new"
-            fresh.write_text(json.dumps({"folder": best.name}) + "\n", encoding="utf-8")
-            sync(fresh)
-            os.replace(fresh, self.root / "best.json")
+            write_whole(self.root / "best.json", json.dumps({"folder": best.name}) + "\n")
             sync(self.root)
 
     def _discard_old(self, newest: Path) -> None:

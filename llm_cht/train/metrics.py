@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from llm_cht.errors import UserError
-from llm_cht.sparse.folder import disk_errors, sync
+from llm_cht.sparse.folder import disk_errors, write_whole
 
 FILE_NAME = "metrics.jsonl"
 _KEPT = "The checkpoints are untouched."
@@ -131,15 +131,9 @@ class MetricsLog:
             if record["step"] < step or (record["step"] == step and record["kind"] not in again)
         ]
         self._file.close()
-        partial = self.path.with_suffix(".jsonl.partial")
         text = "".join(json.dumps(record) + "\n" for record in records)
         with disk_errors(self.path, len(text), _KEPT):
-            try:
-                partial.write_text(text, encoding="utf-8")
-                sync(partial)
-                partial.replace(self.path)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_whole(self.path, text)
         self._file = self.path.open("a", encoding="utf-8")
         self._started = time.monotonic() - (records[-1]["seconds"] if records else 0.0)
         self._purge_step = step + 1

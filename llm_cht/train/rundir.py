@@ -11,7 +11,7 @@ import yaml
 
 from llm_cht import config
 from llm_cht.errors import UserError
-from llm_cht.sparse.folder import disk_errors
+from llm_cht.sparse.folder import disk_errors, write_whole
 from llm_cht.train.checkpoint import Checkpoint, resolve
 from llm_cht.train.config import RunSettings
 
@@ -43,7 +43,7 @@ def find_run(settings: RunSettings, say: Callable[[str], None]) -> tuple[Path, C
     """
     run = Path(settings.run)
     try:
-        present = os.listdir(run)
+        present = [name for name in os.listdir(run) if not name.startswith(".")]
     except FileNotFoundError:
         present = []
     except OSError as error:
@@ -69,14 +69,9 @@ def write_config(run: Path, settings: RunSettings) -> None:
         UserError: the folder cannot be written.
     """
     text = config.dump(settings)
-    partial = run / f".{CONFIG_NAME}.partial"
     with disk_errors(run / CONFIG_NAME, len(text), "Nothing was written; `--run` gives another folder."):
         run.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, run / CONFIG_NAME)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(run / CONFIG_NAME, text)
 
 
 def _check_same(saved: dict[str, Any], settings: RunSettings, place: str) -> None:
