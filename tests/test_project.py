@@ -27,7 +27,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # Rooms from the bottom up; a module may import what comes earlier, or what is in its own room.
 ROOMS = """
     llm_cht errors
-    config dist
+    files config dist
     topology topology.keys topology.bits topology.score topology.link topology.select topology.initial topology.budget
     topology.percolate topology.schedule topology.method topology.measure
     sparse sparse.linear sparse.packed

@@ -17,10 +17,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import llm_cht
 from llm_cht.errors import UserError
+from llm_cht.files import write_whole
 from llm_cht.report import networks, plots
 from llm_cht.report.networks import KindRow
 from llm_cht.report.plots import compact
-from llm_cht.sparse.folder import Topology, read_topology, write_whole
+from llm_cht.sparse.folder import Topology, read_topology
 from llm_cht.train.metrics import FILE_NAME, read_metrics
 
 Record = Mapping[str, Any]

@@ -6,18 +6,13 @@ missing links are 0, and two small files beside them tell a link whose weight ha
 - ``topology.safetensors``: layer name -> the bit-packed mask (uint8);
 - ``topology.json``: shapes, counts, preset, step and a digest of all masks.
 
-A folder is written under a hidden name beside its place, forced to disk and renamed, so that a reader finds the old
-folder or the new one, never half of one. ``train.checkpoint`` writes its folders through the same few functions.
-Rejected: sparse file formats (no stock loader reads them), masks as buffers of the model (a stock loader would
-complain of unexpected keys), and ``renameat2(RENAME_EXCHANGE)`` (Linux only; ``settle`` closes the same gap).
+Rejected: sparse file formats (no stock loader reads them) and masks as buffers of the model (a stock loader would
+complain of unexpected keys).
 """
 
 import copy
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llm_cht.errors import UserError
+from llm_cht.files import disk_errors, new_folder
 from llm_cht.topology import bits
 
 if TYPE_CHECKING:  # the folder of a model can be read without loading transformers
@@ -51,91 +47,6 @@ class LinkCount:
 
     links: int
     nonzero: int
-
-
-# ---- folders and files that appear whole ----
-
-
-def _hidden(target: Path, role: str) -> Path:
-    return target.with_name(f".{target.name}.{role}")
-
-
-def settle(target: Path) -> None:
-    """Put right what a killed ``new_folder`` or ``discard`` of ``target`` left behind; touches only their own names."""
-    old = _hidden(target, "old")
-    if old.exists() and not target.exists():  # killed between the two renames
-        old.rename(target)
-    for role in ("new", "old", "trash"):
-        shutil.rmtree(_hidden(target, role), ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the entries of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Give a hidden folder to fill; if the block ends well it is forced to disk and takes the place of ``target``.
-
-    If the block fails, the hidden folder is removed and ``target`` is as it was. One writer at a time.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    settle(target)
-    fresh = _hidden(target, "new")
-    fresh.mkdir()
-    try:
-        yield fresh
-        for path in [*fresh.rglob("*"), fresh]:
-            sync(path)
-        if target.exists():
-            target.rename(_hidden(target, "old"))
-        fresh.rename(target)
-        sync(target.parent)
-    finally:
-        settle(target)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there; until then ``path`` is as it was."""
-    fresh = _hidden(path, "new")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        sync(fresh)
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-def discard(folder: Path) -> None:
-    """Delete a folder such that a kill never leaves half of it under its own name."""
-    trash = _hidden(folder, "trash")
-    folder.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
-
-
-@contextmanager
-def disk_errors(target: Path, needed: int, kept: str) -> Iterator[None]:
-    """Turn a failed write below ``target`` into a ``UserError``.
-
-    ``needed`` is the size in bytes, ``kept`` the sentence that tells the user what is not lost. safetensors and
-    tokenizers raise exceptions of their own for a failed write; both end in the system's "(os error N)".
-    """
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, OSError) and "(os error " not in str(error):
-            raise
-        place = next(path for path in target.absolute().parents if os.path.isdir(path))
-        free = shutil.disk_usage(place).free
-        raise UserError(
-            f"cannot write {target}: {error}. It takes {needed / 1e6:.1f} MB; {free / 1e6:.1f} MB are free there. "
-            f"{kept} Free space or make the folder writable, then start again."
-        ) from error
 
 
 # ---- topology files ----

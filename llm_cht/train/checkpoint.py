@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llm_cht.errors import UserError
-from llm_cht.sparse.folder import discard, disk_errors, new_folder, settle, sync, write_whole
+from llm_cht.files import discard, disk_errors, new_folder, settle, sync, write_whole
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")

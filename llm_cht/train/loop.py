@@ -19,7 +19,8 @@ from tqdm import tqdm
 from llm_cht import config
 from llm_cht.data.text import unigram_perplexity
 from llm_cht.errors import UserError
-from llm_cht.sparse.folder import Topology, disk_errors, save_model_folder, write_topology
+from llm_cht.files import disk_errors
+from llm_cht.sparse.folder import Topology, save_model_folder, write_topology
 from llm_cht.train import lr
 from llm_cht.train.build import Built, build
 from llm_cht.train.checkpoint import CheckpointStore

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from llm_cht.errors import UserError
-from llm_cht.sparse.folder import disk_errors, write_whole
+from llm_cht.files import disk_errors, write_whole
 
 FILE_NAME = "metrics.jsonl"
 _KEPT = "The checkpoints are untouched."

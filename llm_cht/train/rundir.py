@@ -11,7 +11,7 @@ import yaml
 
 from llm_cht import config
 from llm_cht.errors import UserError
-from llm_cht.sparse.folder import disk_errors, write_whole
+from llm_cht.files import disk_errors, write_whole
 from llm_cht.train.checkpoint import Checkpoint, resolve
 from llm_cht.train.config import RunSettings
 
