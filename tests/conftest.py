@@ -18,7 +18,8 @@ def pytest_configure() -> None:
     os.environ["HF_HOME"] = str(Path(_caches.name, "huggingface"))
     os.environ["LLM_CHT_CACHE"] = str(Path(_caches.name, "llm_cht"))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # silences the warning of tokenizers in a forked process
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors of the tests are too small to share
+    # the tensors of the tests are small: on two busy cores, two threads cost four times the processor time of one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_unconfigure() -> None:
