@@ -77,9 +77,9 @@ def _fresh(name: str, settings: ModelSettings) -> PreTrainedModel:
         config = AutoConfig.for_model(model_type, **values)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=settings.attention)
     except (*_UNFIT, ImportError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
         raise UserError(
-            f"`model.config` {name} with `model.overrides` cannot work: {type(error).__name__}: {reason}; correct them"
+            f"`model.config` {name} with `model.overrides` and `model.attention` cannot work: {reason}; correct them"
         ) from error
 
 
