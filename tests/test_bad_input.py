@@ -357,6 +357,18 @@ def test_damaged_checkpoints(refused, tmp_path, run):
     refused(*train, "auto", parts=parts)
 
 
+def test_reports_of_damaged_runs(refused, tmp_path, run):
+    shutil.copytree(run, tmp_path / "run")
+    metrics, masks = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "topology_start.safetensors"
+    masks.write_bytes(masks.read_bytes()[:-3])
+    refused("report", tmp_path / "run", parts=("topology_start.safetensors are damaged", "copy both again"))
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([lines[0], lines[1][:20], *lines[2:]]))
+    refused("report", tmp_path / "run", parts=(f"{metrics}, line 2 is damaged", "remove that line"))
+    metrics.unlink()
+    refused("report", tmp_path / "run", parts=(f"{metrics} does not exist", "give the folder of a run"))
+
+
 def test_a_damaged_config_of_a_run_without_checkpoint(refused, tmp_path):
     (tmp_path / "run").mkdir()
     for text in ("", "a: ["):
