@@ -1,24 +1,32 @@
-"""``launch/train.py`` is ``llm-cht train``: the same arguments in, the same exit code out."""
+"""``accelerate launch launch/train.py`` is ``llm-cht train``: a real launch trains, and a mistake is told as usual."""
 
-import runpy
+import os
+import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from tests.helpers import records, tiny_config
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
 
 
-def test_arguments_and_exit_code_pass_through(monkeypatch: pytest.MonkeyPatch):
-    seen: list[list[str]] = []
+def launch(*arguments: str | Path) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, SCRIPT, *arguments], capture_output=True, text=True, check=False, env=environment, timeout=240
+    )
 
-    def main(arguments: list[str]) -> int:
-        seen.append(arguments)
-        return 7
 
-    monkeypatch.setattr("llm_cht.cli.main", main)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "run.yaml", "--train.steps", "3"])
-    with pytest.raises(SystemExit) as exit_info:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert exit_info.value.code == 7
-    assert seen == [["train", "run.yaml", "--train.steps", "3"]]
+def test_a_launched_run_trains_with_its_overrides(tmp_path):
+    result = launch(tiny_config(tmp_path), "--train.steps", "4", "--method.update_interval", "2")
+    assert result.returncode == 0, result.stderr
+    assert "validation perplexity" in result.stdout
+    assert [record["step"] for record in records(tmp_path / "run", "train")] == [1, 2, 3, 4]
+
+
+def test_a_mistake_ends_the_launch(tmp_path):
+    result = launch(tiny_config(tmp_path), "--train.stops", "4")
+    assert result.returncode != 0
+    assert "llm-cht: error: unknown key `train.stops`" in result.stderr
+    assert not (tmp_path / "run").exists()
