@@ -309,10 +309,12 @@ def test_a_resume_of_another_run(case, resume, refused, run):
 
 
 def test_a_checkpoint_of_elsewhere_does_not_overwrite_the_run_that_is_here(refused, tmp_path, run):
-    config = tiny_config(tmp_path, seed=1, train={"steps": 3})
+    config = tiny_config(tmp_path, seed=1, train={"steps": 4})
     assert main(["train", str(config)]) == 0
     foreign = ("--resume", tmp_path / "run", "--run", run)
-    refused("train", config, *foreign, parts=("now and was", str(run / "config.yaml"), "`--run`"), untouched=run)
+    refused(
+        "train", config, *foreign, parts=("belongs to the run", str(tmp_path / "run"), "give `--run"), untouched=run
+    )
 
 
 def test_places_to_resume_from(refused, tmp_path, run):
@@ -331,14 +333,14 @@ def test_a_resume_after_data_or_tokenizer_changed_on_disk(refused, tmp_path, run
     tokenizer.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(run / "model" / name, tokenizer)
-    config = tiny_config(tmp_path, data={"tokenizer": str(tokenizer)}, train={"steps": 3})
+    config = tiny_config(tmp_path, data={"tokenizer": str(tokenizer)}, train={"steps": 4})
     assert main(["train", str(config)]) == 0
     text, rules = (tmp_path / "text.txt").read_text(), json.loads((tokenizer / "tokenizer.json").read_text())
     rules["model"]["merges"].pop()
     for path, changed in (tmp_path / "text.txt", text + " more"), (tokenizer / "tokenizer.json", json.dumps(rules)):
         good = path.read_text()
         path.write_text(changed)
-        parts = ("the data differ from those of", "step-00000003", "a file, the tokenizer", "restore them", "`--run`")
+        parts = ("the data differ from those of", "step-00000004", "a file, the tokenizer", "restore them", "`--run`")
         refused("train", config, "--resume", "auto", parts=parts)
         path.write_text(good)
     assert main(["train", str(config), "--resume", "auto"]) == 0

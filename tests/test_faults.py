@@ -200,7 +200,7 @@ def open_folder(finished):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        config = tiny_config(folder, data={"cache_dir": str(folder / "cache")}, train={"steps": 3})
+        config = tiny_config(folder, data={"cache_dir": str(folder / "cache")}, train={"steps": 4})
         assert main(["train", str(config)]) == 0
         yield folder
         for path in (folder, *folder.rglob("*")):

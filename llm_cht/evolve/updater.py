@@ -104,7 +104,8 @@ class TopologyUpdater:
         for name, change in changes.items():
             self._apply(name, change.mask)
         self.last_update = step
-        return self._figures(step, moment.update, changes) | {"seconds_update": time.perf_counter() - begin}
+        seconds = time.perf_counter() - begin
+        return self._figures(step, moment.update, changes) | {"seconds_update": seconds}
 
     def _apply(self, name: str, mask: Tensor) -> None:
         """Give a layer its new mask: survivors keep weight and moments, all others start or end at 0 (or history)."""

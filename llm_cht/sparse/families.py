@@ -67,7 +67,7 @@ def _units(model: nn.Module, family: Family, parent: str, present: frozenset[str
     query, key, value, out = (_join(parent, name) for name in family.attention)
     gates, down = tuple(_join(parent, name) for name in family.mlp[0]), _join(parent, family.mlp[1])
     units: list[Unit] = []
-    if {query, key} <= present:
+    if {query, key} <= present and not _normalised(model.get_submodule(parent)):
         pairing = "rotary" if family.rotary else "position"
         units.append(QueryKey(query, key, num_heads, num_kv_heads, pairing))
     if {value, out} <= present:
@@ -79,6 +79,11 @@ def _units(model: nn.Module, family: Family, parent: str, present: frozenset[str
 
 def _join(parent: str, name: str) -> str:
     return f"{parent}.{name}" if parent else name
+
+
+def _normalised(attention: nn.Module) -> bool:
+    """Whether query and key are normalised per head: a dead pair then still counts in the norm of the others."""
+    return hasattr(attention, "q_norm") or hasattr(attention, "k_norm")
 
 
 def _keeps_zero(activation: str) -> bool:

@@ -171,9 +171,14 @@ def resolve(settings: MethodSettings, total_steps: int) -> Method:
     _check(full, total_steps)
     end_step = int(0.75 * total_steps) if full.end_step is None else full.end_step
     density_end = end_step if full.density_end_step is None else full.density_end_step
+    if full.zeta > 0 and full.end_step is None and end_step < full.update_interval:
+        raise UserError(
+            f"`method.update_interval` = {full.update_interval}: no topology update falls into a run of {total_steps} "
+            f"steps, whose updates end at step {end_step}; lower it, train longer, or set `method.end_step: 0`"
+        )
     full = replace(full, end_step=end_step, density_end_step=density_end)
     start, end = density_window(0, density_end, full.update_interval, full.half_window)
-    final = 1 - full.sparsity
+    final, first = (round(1 - sparsity, 12) for sparsity in (full.sparsity, full.start_sparsity))  # 1 - 0.9 is 0.1
     decays = full.density != "constant"
     last_update = max(end_step if full.zeta > 0 else 0, end if decays else 0)
     return Method(
@@ -181,7 +186,7 @@ def resolve(settings: MethodSettings, total_steps: int) -> Method:
         updates=Updates(full.update_interval, last_update),
         zeta=Anneal(full.zeta, end_step, full.zeta_schedule),
         temperature=Temperature(full.temperature_start, full.temperature_end, end_step, full.interpolate),
-        density=Density(full.density, 1 - full.start_sparsity if decays else final, final, start, end),
+        density=Density(full.density, first if decays else final, final, start, end),
     )
 
 

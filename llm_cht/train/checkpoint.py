@@ -65,8 +65,9 @@ class CheckpointStore:
         """Write a checkpoint and return its folder, then delete those that are no longer kept.
 
         ``state`` must be JSON (tuples come back as lists). A checkpoint of the same step is replaced, and stays the
-        best if it was. Steps after this one, left by a run that was resumed from an older checkpoint, are not counted
-        and not deleted. Raises ``UserError`` if it cannot be written; every earlier checkpoint is then as it was.
+        best if it was. Steps after this one, left by a run that was resumed from an older checkpoint, are deleted: the
+        newest step must be the one saved last. Raises ``UserError`` if it cannot be written; every other checkpoint is
+        then as it was.
         """
         target = self.root / f"step-{step:08d}"
         needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
@@ -79,8 +80,8 @@ class CheckpointStore:
                     save_file(_storable(group), folder / f"{stem}.safetensors")
                 (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
                 _write_manifest(folder, step, best or self.best() == target)
+            self._discard_others(target)
             self._point_to_best()
-            self._discard_old(target)
         return target
 
     def load(self, path: Path) -> Checkpoint:
@@ -141,13 +142,18 @@ class CheckpointStore:
             raise UserError(f"cannot look for checkpoints in {self.root}: {error}; give a readable folder") from error
 
     def _point_to_best(self) -> None:
-        best = self.best()
-        if best is not None:
-            write_whole(self.root / "best.json", json.dumps({"folder": best.name}) + "\n")
-            sync(self.root)
+        best, pointer = self.best(), self.root / "best.json"
+        if best is None:
+            pointer.unlink(missing_ok=True)
+        else:
+            write_whole(pointer, json.dumps({"folder": best.name}) + "\n")
+        sync(self.root)
 
-    def _discard_old(self, newest: Path) -> None:
-        done = [folder for folder in self._folders() if _step(folder) <= _step(newest)]
+    def _discard_others(self, newest: Path) -> None:
+        folders = self._folders()
+        done, abandoned = folders[: folders.index(newest) + 1], folders[folders.index(newest) + 1 :]
+        for folder in reversed(abandoned):
+            discard(folder)
         best = self.best()
         for folder in done[: -self.keep_last]:
             if folder != best:

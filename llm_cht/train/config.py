@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from llm_cht.data.settings import DataSettings
@@ -99,6 +99,12 @@ class RunSettings:
     """Checkpoints and export."""
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     """What is written down."""
+
+
+def resolved(settings: RunSettings) -> RunSettings:
+    """The settings with everything filled in that the preset and the length of the run decide."""
+    method = resolve(settings.method, settings.train.steps).settings
+    return replace(settings, method=method, lr=lr.resolved(settings.lr, settings.train.steps))
 
 
 def check(settings: RunSettings) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from llm_cht.errors import UserError
 
@@ -55,6 +55,17 @@ def start_engine(device: Literal["auto", "cpu", "cuda"], precision: Precision, a
         cpu=device == "cpu" or not torch.cuda.is_available(),
         gradient_accumulation_steps=accumulation_steps,
     )
+    if accelerator.gradient_accumulation_steps != accumulation_steps:
+        raise UserError(
+            f"the launcher sets {accelerator.gradient_accumulation_steps} gradient accumulation steps, the run needs "
+            f"{accumulation_steps} (`train.batch_size` / `train.micro_batch_size`); "
+            "unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+        )
+    if accelerator.distributed_type is not DistributedType.NO and accelerator.num_processes == 1:
+        raise UserError(
+            f"the launcher asks for {accelerator.distributed_type.value}; this version trains without: "
+            "`accelerate launch --num_processes 1 ...` or `llm-cht train ...`"
+        )
     if accelerator.num_processes > 1:
         raise UserError(
             f"{accelerator.num_processes} processes were started; this version trains on one: "

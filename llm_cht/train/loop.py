@@ -24,7 +24,7 @@ from llm_cht.sparse.folder import Topology, save_model_folder, write_topology
 from llm_cht.train import lr
 from llm_cht.train.build import Built, build
 from llm_cht.train.checkpoint import CheckpointStore
-from llm_cht.train.config import RunSettings, check
+from llm_cht.train.config import RunSettings, check, resolved
 from llm_cht.train.metrics import Meter, MetricsLog, peak_tflops, training_flops_per_token
 from llm_cht.train.rundir import find_run, write_config
 from llm_cht.train.signals import StopSignals
@@ -50,6 +50,7 @@ def train(settings: RunSettings, say: Callable[[str], None] = print) -> Outcome:
         UserError: a mistake in the settings, files or environment; a loss that is not finite.
     """
     check(settings)
+    settings = resolved(settings)
     run, checkpoint = find_run(settings, say)
     built = build(settings, say)
     if checkpoint is not None:
@@ -125,7 +126,7 @@ class Loop:
                 bar.update()
                 with self.meter.paused():
                     self._after_step(total, sound=math.isfinite(figures["loss"] + figures["grad_norm"]))
-        if progress.step < total:
+        if progress.step < total or self.signals.requested:
             path = self._saved if self._saved_step == progress.step else self.save()
             self.say(f"{self.signals.requested}: saved {path}\nresume with: {self.resume_command}")
             return Outcome(self.run, self.signals.requested, {})

@@ -7,7 +7,7 @@ goes out of step with skipped optimizer steps and which know no topology updates
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llm_cht.errors import UserError
@@ -29,6 +29,12 @@ class LrSettings:
     """Rise from 0 again after each topology update; mod: after each multiple of update_interval, as in 002's code."""
     rewarm_steps: int = 20
     """Steps of such a rise."""
+
+
+def resolved(settings: LrSettings, total_steps: int) -> LrSettings:
+    """The settings with the lengths filled in that a run of ``total_steps`` optimizer steps decides."""
+    decay = _decay_steps(settings, total_steps) if settings.schedule == "wsd" else None
+    return replace(settings, warmup_steps=_warmup_steps(settings, total_steps), decay_steps=decay)
 
 
 def base_factor(settings: LrSettings, step: int, total_steps: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ def find_run(settings: RunSettings, say: Callable[[str], None]) -> tuple[Path, C
     if present and CONFIG_NAME not in present:
         raise UserError(f"{run} is not empty and holds no run; give an empty or new folder with `--run`")
     checkpoint = resolve(settings.resume, run / "checkpoints", say)
+    if checkpoint is not None and checkpoint.path.parent.resolve() != (run / "checkpoints").resolve():
+        home = checkpoint.path.parent.parent
+        raise UserError(f"`resume` {checkpoint.path} belongs to the run {home}, not to {run}; give `--run {home}`")
     if checkpoint is not None:
         _check_same(checkpoint.state["settings"], settings, str(checkpoint.path))
     if CONFIG_NAME in present:  # with a checkpoint of elsewhere too: the run that is here must not be overwritten
@@ -63,12 +67,12 @@ def find_run(settings: RunSettings, say: Callable[[str], None]) -> tuple[Path, C
 
 
 def write_config(run: Path, settings: RunSettings) -> None:
-    """Make the run folder and write the resolved settings into it, all at once.
+    """Make the run folder and write the resolved settings into it, all at once; how it was resumed is not one of them.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    text = config.dump(settings)
+    text = config.dump(replace(settings, resume=None))
     with disk_errors(run / CONFIG_NAME, len(text), "Nothing was written; `--run` gives another folder."):
         run.mkdir(parents=True, exist_ok=True)
         write_whole(run / CONFIG_NAME, text)

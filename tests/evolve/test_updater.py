@@ -167,6 +167,6 @@ def test_a_density_that_leaves_no_link_names_the_layer():
     sizes = dict(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
     sparse = sparsify(model, SparseSettings())
-    method = resolve(MethodSettings(sparsity=0.9999), 100)
+    method = resolve(MethodSettings(sparsity=0.9999, update_interval=5), 100)
     with pytest.raises(UserError, match=r"`method.sparsity` = 0.9999 leaves no link in `.*q_proj` \(8, 8\)"):
         TopologyUpdater(sparse, method, torch.optim.SGD(model.parameters()), 0)

@@ -119,7 +119,7 @@ def test_the_last_density_is_exactly_the_target():
     for total in (366, 1000, 999):
         method = resolve(MethodSettings(preset="chtss", sparsity=0.9, update_interval=20), total)
         assert method.density(0) == 0.5
-        assert method.density(total) == 1 - 0.9
+        assert method.density(total) == 0.1
 
 
 @settings(deadline=None, max_examples=25)
@@ -162,8 +162,9 @@ def test_every_preset_sets_every_open_field():
         ({"sparsity": 0.4}, r"`method.start_sparsity` = 0.5: .*`method.sparsity` = 0.4"),
         ({"workspace_mb": 0}, r"`method.workspace_mb` = 0"),
         ({"temperature_end": -1.0}, r"temperature_end"),
+        ({"preset": "set", "update_interval": 80}, r"`method.update_interval` = 80: no topology update falls"),
     ],
 )
 def test_settings_that_cannot_work(overrides, message):
     with pytest.raises(UserError, match=message):
-        resolve(MethodSettings(**({"preset": "chtss"} | overrides)), total_steps=100)
+        resolve(MethodSettings(**({"preset": "chtss", "update_interval": 10} | overrides)), total_steps=100)

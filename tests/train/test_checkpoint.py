@@ -98,12 +98,12 @@ def test_the_best_stays_so_when_its_step_is_saved_again(store):
     assert store.best() == store.root / "step-00000010"
 
 
-def test_a_run_resumed_from_an_older_step_deletes_neither_its_own_nor_later_ones(store):
-    for step in (30, 40):
-        save(store, step)
-    for step in (5, 10, 15):
-        save(store, step)
-    assert names(store.root) == ["step-00000010", "step-00000015", "step-00000030", "step-00000040"]
+def test_a_run_resumed_from_an_older_step_leaves_its_abandoned_branch(store):
+    for step in (10, 20, 30):
+        save(store, step, best=step == 30)
+    save(store, 15)
+    assert names(store.root) == ["step-00000015"]
+    assert (store.newest(fail).step, store.best()) == (15, None)
 
 
 def test_same_step_is_replaced(store):
