@@ -1,12 +1,29 @@
-"""Who am I among the ranks: no-ops alone, so that one code path serves one process and many.
+"""The ranks: who am I, and the few ways in which ranks speak to each other; no-ops alone, so one code path serves all.
 
 Only torch.distributed is asked, never an environment variable: what a launcher promised and what the process group
 really is have been seen to differ.
+
+Small words (counts, digests, errors, "stop") go over a gloo group of their own on the CPU: they need no device, cannot
+get between the collectives of a backward pass, and come as JSON, never as pickle. Tensors go over the default group.
+While data are prepared one rank may wait hours for another, hence ``patient``.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from llm_cht.errors import UserError
+
+_DAY = timedelta(days=1)
+_groups: dict[str, dist.ProcessGroup] = {}
 
 
 def world_size() -> int:
@@ -22,3 +39,91 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process prints and writes for all."""
     return rank() == 0
+
+
+def open_control(timeout_s: float) -> None:
+    """Make the groups for small words; every rank calls it once, when the process group exists."""
+    if world_size() > 1:
+        _groups["prompt"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        _groups["patient"] = dist.new_group(backend="gloo", timeout=_DAY)
+
+
+def gather(value: Any, patient: bool = False) -> list[Any]:
+    """The JSON value of every rank, by rank."""
+    if world_size() == 1:
+        return [value]
+    group = _groups["patient" if patient else "prompt"]
+    own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(own)]), group=group)
+    longest = max(int(size) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(own)] = own
+    all_padded = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(all_padded, padded, group=group)
+    return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(all_padded, sizes, strict=True)]
+
+
+def total(numbers: Sequence[float]) -> list[float]:
+    """Element-wise sum over the ranks, in float64."""
+    if world_size() == 1:
+        return list(numbers)
+    summed = torch.tensor(list(numbers), dtype=torch.float64)
+    dist.all_reduce(summed, group=_groups["prompt"])
+    return summed.tolist()
+
+
+def total_counts(counts: Tensor) -> Tensor:
+    """Element-wise sum of an int64 tensor on the CPU over the ranks."""
+    if world_size() > 1:
+        dist.all_reduce(counts, group=_groups["prompt"])
+    return counts
+
+
+@contextmanager
+def together(patient: bool = False) -> Iterator[None]:
+    """A block without collectives that may fail on some ranks: all go on after it, or all raise.
+
+    Raises:
+        UserError: what the block raised, or what it raised on other ranks.
+    """
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    told = gather(None if error is None else str(error), patient)
+    if any(text is not None for text in told):
+        raise error or UserError(_first(told))
+
+
+def _first(told: Sequence[str | None]) -> str:
+    failed = {number: text for number, text in enumerate(told) if text is not None}
+    number = min(failed)
+    return f"rank {number} of {len(told)}: {failed[number]}"
+
+
+def send_parts(parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Part r goes to rank r; returns the parts received, that from rank r of ``sizes[r]`` elements. 1-D, one dtype."""
+    if world_size() == 1:
+        return list(parts)
+    received = parts[0].new_empty(sum(sizes))
+    dist.all_to_all_single(received, torch.cat(list(parts)), list(sizes), [len(part) for part in parts])
+    return list(received.split(list(sizes)))
+
+
+def spread(own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Everybody's 1-D tensor, by rank; ``sizes`` are their lengths. Empty ones cost nothing."""
+    if world_size() == 1:
+        return [own]
+    everybody = [own if r == rank() else own.new_empty(size) for r, size in enumerate(sizes)]
+    waiting = [dist.broadcast(part, r, async_op=True) for r, part in enumerate(everybody) if len(part)]
+    for work in waiting:
+        work.wait()
+    return everybody
+
+
+def sum_at(tensor: Tensor, owner: int) -> None:
+    """Sum a tensor over the ranks into that of ``owner``; on the others its content is lost."""
+    if world_size() > 1:
+        dist.reduce(tensor, owner)
