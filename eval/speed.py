@@ -28,7 +28,7 @@ from llm_cht.models import ModelSettings, build_model
 from llm_cht.sparse.surgery import SparseSettings, sparsify
 from llm_cht.topology.keys import Keys
 from llm_cht.topology.link import ch2_l3n
-from llm_cht.topology.method import Method, MethodSettings, Moment, resolve, update_group
+from llm_cht.topology.method import Inputs, Method, MethodSettings, Moment, resolve, update_group
 from llm_cht.topology.percolate import Group, Mlp, QueryKey, ValueOutput
 from llm_cht.topology.select import choose, choose_missing, top_k
 from llm_cht.train.engine import Engine, Precision, start_engine
@@ -105,7 +105,7 @@ def update_table(repetitions: int) -> None:
     products = [bare_products(shape) for shape in LLAMA_60M_BLOCK.values()]
     variants = {
         "bare products of its 7 layers": lambda: [run() for run in products],
-        "ch2_l3n of its 7 layers": lambda: [ch2_l3n(mask, 256) for mask in masks.values()],
+        "ch2_l3n of its 7 layers": lambda: [ch2_l3n(mask, None, 256) for mask in masks.values()],
         "whole update, preset chts": partial(_update, method, weights, masks),
     }
     compare("LLaMA-60M block", variants, repetitions)
@@ -115,14 +115,14 @@ def update_table(repetitions: int) -> None:
     matrix = 4 * mask.numel() / 2**20
     print("\n| ch2_l3n of 4096 x 11008 | adjacency + result, MiB | bound, MiB | peak, MiB |\n| --- | --- | --- | --- |")
     for workspace_mb in (256, 128):
-        peak = peak_mib(partial(ch2_l3n, mask, workspace_mb))
+        peak = peak_mib(partial(ch2_l3n, mask, None, workspace_mb))
         print(f"| workspace_mb = {workspace_mb} | {2 * matrix:.0f} | {2 * matrix + workspace_mb:.0f} | {peak:.0f} |")
 
 
 def _update(method: Method, weights: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
     moment = Moment(step=3000, update=30, seed=0)
     for group in (ATTENTION, MLP):
-        update_group(method, group, weights, masks, frozenset(), moment)
+        update_group(method, group, Inputs(weights, masks), frozenset(), moment)
 
 
 def select_table(repetitions: int) -> None:

@@ -80,6 +80,15 @@ def total_counts(counts: Tensor) -> Tensor:
     return counts
 
 
+def gather_counts(counts: Tensor) -> Tensor:
+    """The int64 tensors (n,) of all ranks as (ranks, n), on the CPU."""
+    if world_size() == 1:
+        return counts[None]
+    everybody = [torch.empty_like(counts) for _ in range(world_size())]
+    dist.all_gather(everybody, counts, group=_groups["prompt"])
+    return torch.stack(everybody)
+
+
 @contextmanager
 def together(patient: bool = False) -> Iterator[None]:
     """A block without collectives that may fail on some ranks: all go on after it, or all raise.

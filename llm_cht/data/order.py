@@ -33,10 +33,13 @@ class Batches:
         """Sequences of one epoch."""
         return len(self._sequences)
 
-    def batch(self, start: int, count: int) -> dict[str, Tensor]:
-        """Samples start .. start + count - 1 of the run: ``input_ids`` and ``labels``, (count, length) int64."""
+    def batch(self, start: int, count: int, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """Of samples start .. start + count - 1 of the run the ``rows``: ``input_ids`` and ``labels``, int64.
+
+        All ranks ask for the same samples, each for rows of its own; only those are read.
+        """
         self._next = start + count
-        return self._sequences.take(np.array([self._sequence(sample) for sample in range(start, start + count)]))
+        return self._sequences.take(np.array([self._sequence(sample) for sample in range(start, start + count)[rows]]))
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the next sample."""

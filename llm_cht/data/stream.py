@@ -59,14 +59,16 @@ class Stream:
         """Of the source."""
         return self._split.source.num_shards
 
-    def batch(self, start: int, count: int) -> dict[str, Tensor]:
-        """Samples start .. start + count - 1 of the run: ``input_ids`` and ``labels``, (count, length) int64.
+    def batch(self, start: int, count: int, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """Of samples start .. start + count - 1 of the run the ``rows``: ``input_ids`` and ``labels``, int64.
+
+        Where a sequence starts depends on all documents before it: every rank reads and tokenizes the whole stream.
 
         Raises:
             UserError: a file is damaged, or a whole epoch fills no sequence.
         """
         assert start == self._next, (start, self._next)
-        sequences = [self._sequence() for _ in range(count)]
+        sequences = [self._sequence() for _ in range(count)][rows]
         self._next += count
         return fill(np.concatenate(sequences), np.array([*map(len, sequences)]), self._how.length, self._how.pad)
 

@@ -39,8 +39,8 @@ _SAMPLE_TOKENS = 60
 class TrainStream(Protocol):
     """Samples 0, 1, 2, ... of the training of a run."""
 
-    def batch(self, start: int, count: int) -> dict[str, Tensor]:
-        """``input_ids`` and ``labels`` (count, length) of samples start .. start + count - 1."""
+    def batch(self, start: int, count: int, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """``input_ids`` and ``labels`` (rows, length) of those ``rows`` of samples start .. start + count - 1."""
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON values."""

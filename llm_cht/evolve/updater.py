@@ -1,186 +1,291 @@
-"""``TopologyUpdater``: the topology of a live model, its first draw, its updates and its state.
+"""``TopologyUpdater``: the topology of a live model, its updates and its state, on one process or shared out over many.
 
-One update has three phases: gather the inputs of the owned layers (fp32 weights), compute their changes, exchange the
-changes and apply them to mask, weight, moments and history. On one process every layer is owned and the first and
-last phase have nothing to send. All that a resume needs is in ``state_dict``: masks bit-packed, history, the union of
-all links that ever existed, counters.
+Every group of layers has one owner among the ranks. An update has three phases. *Gather*: the owners, and nobody else,
+get the fp32 weights of their layers (as values of existing links: all ranks know the masks) and the dense gradients
+where the method looks at them. *Compute*: each owner evolves its groups, one after the other. *Exchange*: the positions
+that changed go to all ranks as bits, with the first weights of new links, and every rank writes them to its mask, its
+working copy and its piece of master and moments. History and the union of all links that ever existed stay with the
+owner. Random numbers are functions of (seed, update, layer, index), so the same inputs give the same masks on any
+number of ranks. After every update the ranks compare a fingerprint of each mask.
+
+On one process everything is owned, nothing is sent, and the weights are read where they are.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from llm_cht import dist
 from llm_cht.errors import UserError
-from llm_cht.evolve import shards
+from llm_cht.evolve.figures import COUNTS, figures
+from llm_cht.evolve.ownership import balance, group_cost, owners
+from llm_cht.evolve.shards import Shards, check_optimizer
+from llm_cht.evolve.transfer import gather_weights
 from llm_cht.sparse.surgery import SparseModel
 from llm_cht.topology import bits
 from llm_cht.topology.budget import num_links
 from llm_cht.topology.initial import unlinked
 from llm_cht.topology.keys import Keys
-from llm_cht.topology.measure import elm_overlap, itop
-from llm_cht.topology.method import LayerChange, Method, Moment, active_neurons, update_group
+from llm_cht.topology.method import Inputs, LayerChange, Method, Moment, active_neurons, update_group
+from llm_cht.topology.percolate import Group
+
+
+def draw_start(sparse: SparseModel, method: Method, seed: int) -> dict[str, int]:
+    """Draw the first topology of a fresh model; weights of missing links become 0.
+
+    The weights must be whole here: before ZeRO cuts them. Every rank draws the same.
+
+    Returns:
+        The number of neurons that start without a link: ``outputs`` and ``inputs``.
+
+    Raises:
+        UserError: the sparsity leaves a layer without a link; nothing is changed then.
+    """
+    check_links(sparse, method)
+    lonely = {"outputs": 0, "inputs": 0}
+    for name, layer in sparse.layers.items():
+        # Drawn on the CPU: the first topology then is the same on every device.
+        shape = (layer.out_features, layer.in_features)
+        mask = method.start(shape, Keys(seed, 0, name))
+        layer.set_mask(mask.to(layer.mask.device))
+        outputs, inputs = unlinked(mask)
+        lonely["outputs"] += outputs
+        lonely["inputs"] += inputs
+    return lonely
+
+
+def check_links(sparse: SparseModel, method: Method) -> None:
+    """Refuse a sparsity that leaves a layer without a link."""
+    for name, layer in sparse.layers.items():
+        shape = (layer.out_features, layer.in_features)
+        if num_links(shape, min(method.density(0), method.density.final)) < 1:
+            raise UserError(
+                f"`method.sparsity` = {method.settings.sparsity} leaves no link in `{name}` {shape}; lower it"
+            )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A layer's part of the exchange: where its mask flips, and the first weights of the new links, in flat order."""
+
+    flipped: Tensor
+    weights: Tensor | None
 
 
 class TopologyUpdater:
-    """Evolves the sparse layers of a model.
+    """Evolves the sparse layers of a model whose first topology is drawn (``draw_start``) or loaded.
 
-    Call ``start`` once on a fresh model (or ``load_state_dict`` on a resumed one), then ``update(step)`` after the
-    optimizer step wherever ``due(step)``.
+    Call ``watch(step)`` before the optimizer step ``step`` and ``update(step)`` after it wherever ``due(step)``; on many
+    ranks all of them do. ``shards`` says what this rank holds of weights and moments.
     """
 
-    def __init__(self, sparse: SparseModel, method: Method, optimizer: Optimizer, seed: int) -> None:
+    def __init__(self, sparse: SparseModel, method: Method, shards: Shards, seed: int) -> None:
         self.sparse = sparse
         self.method = method
-        self.optimizer = optimizer
+        self.shards = shards
         self.seed = seed
         self.last_update: int | None = None
         """optimizer step of the last update"""
-        self.union = {name: layer.mask.clone() for name, layer in sparse.layers.items()}
-        """links that have existed at any time"""
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in sparse.layers.items()}
+        costs = [group_cost([shapes[name] for name in g.layers], method.settings.regrowth) for g in sparse.groups]
+        by_group = owners(costs, dist.world_size())
+        self.owner = {name: by_group[i] for i, group in enumerate(sparse.groups) for name in group.layers}
+        """the rank that computes each layer"""
+        self.balance = balance(costs, by_group, dist.world_size())
+        """mean over largest load of a rank, as predicted"""
+        self.owned: tuple[Group, ...] = tuple(
+            g for g, owner in zip(sparse.groups, by_group, strict=True) if owner == dist.rank()
+        )
+        mine = [name for name in sparse.layers if self.owner[name] == dist.rank()]
+        self.union = {name: sparse.layers[name].mask.clone() for name in mine}
+        """links that have existed at any time, of the owned layers"""
         self.history: dict[str, Tensor] = {}
-        """last weight of links that existed, fp32 (out, in) per layer; empty unless the method uses it"""
+        """last weight of links that existed, fp32 (out, in), of the owned layers; empty unless the method uses it"""
+        if method.settings.new_weight == "history":
+            masks = {name: sparse.layers[name].mask for name in mine}
+            self.history = {name: torch.zeros_like(mask, dtype=torch.float32) for name, mask in masks.items()}
         self._has_bias = frozenset(name for name, layer in sparse.layers.items() if layer.bias is not None)
-        self._check()
-
-    def _check(self) -> None:
-        for name, layer in self.sparse.layers.items():
-            if num_links(layer.mask.shape, min(self.method.density(0), self.method.density.final)) < 1:
-                shape = tuple(layer.mask.shape)
-                raise UserError(
-                    f"`method.sparsity` = {self.method.settings.sparsity} leaves no link in `{name}` {shape}; lower it"
-                )
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """The live masks, bool (out, in) by layer name."""
         return {name: layer.mask for name, layer in self.sparse.layers.items()}
 
-    def start(self) -> dict[str, int]:
-        """Draw the first topology; weights of missing links become 0.
-
-        Returns:
-            The number of neurons that start without a link: ``outputs`` and ``inputs``.
-        """
-        lonely = {"outputs": 0, "inputs": 0}
-        for name, layer in self.sparse.layers.items():
-            # Drawn on the CPU: the first topology then is the same on every device.
-            shape = (layer.out_features, layer.in_features)
-            mask = self.method.start(shape, Keys(self.seed, 0, name)).to(layer.mask.device)
-            layer.set_mask(mask)
-            self.union[name] = mask.clone()
-            outputs, inputs = unlinked(mask)
-            lonely["outputs"] += outputs
-            lonely["inputs"] += inputs
-            if self.method.settings.new_weight == "history":
-                self.history[name] = torch.zeros_like(layer.weight, dtype=torch.float32)
-        return lonely
-
     def due(self, step: int) -> bool:
         """Whether an update follows optimizer step ``step`` (1, 2, ...)."""
         return self.method.due(step)
 
+    def watch(self, step: int) -> None:
+        """Capture the dense gradients of optimizer step ``step`` if the update after it will look at them.
+
+        Costs an fp32 number per position of the sparse layers, on every rank, for this one step.
+        """
+        if self.method.needs_gradient and self.due(step):
+            for layer in self.sparse.layers.values():
+                layer.captured = torch.zeros_like(layer.mask, dtype=torch.float32)
+
     @torch.no_grad()
     def update(self, step: int) -> dict[str, Any]:
-        """One topology update after optimizer step ``step``; returns its figures for the metrics.
+        """One topology update after optimizer step ``step``; returns its figures for the metrics. A collective.
 
         Raises:
-            UserError: weights that are not finite, which have no order.
+            UserError: weights that are not finite, which have no order; ranks whose masks differ after the update.
         """
-        begin = time.perf_counter()
-        shards.check_optimizer(self.optimizer)
+        clock = _Clock()
+        check_optimizer(self.shards.optimizer)
         moment = Moment(step, self.method.updates.index(step), self.seed)
+        weights = gather_weights(self.sparse.layers, self.owner, self.shards)
+        gradients = self._gather_gradients()
+        clock.lap("gather")
         changes: dict[str, LayerChange] = {}
-        for group in self.sparse.groups:
-            weights = {name: shards.master(self.sparse.layers[name].weight) for name in group.layers}
-            _check_finite(weights, step)
-            masks = {name: self.sparse.layers[name].mask for name in group.layers}
-            changes |= update_group(self.method, group, weights, masks, self._has_bias, moment)
-        for name, change in changes.items():
-            self._apply(name, change.mask)
+        with dist.together():
+            for group in self.owned:
+                dense = {name: weights.dense(name) for name in group.layers}
+                _check_finite(dense, step)
+                inputs = Inputs(dense, {name: self.sparse.layers[name].mask for name in group.layers}, gradients)
+                changes |= update_group(self.method, group, inputs, self._has_bias, moment)
+                for name in group.layers:
+                    self._remember(name, dense[name], changes[name].mask)
+        clock.lap("compute")
+        counts = self._count(changes)
+        own = {name: self._change(name, change.mask) for name, change in changes.items()}
+        received = 0
+        for name, change in self._exchange(own, counts):
+            received += change.flipped.numel() // 8 + (0 if change.weights is None else change.weights.nbytes)
+            self._apply(name, change)
+        self._agree(step)
+        clock.lap("exchange")
         self.last_update = step
-        seconds = time.perf_counter() - begin
-        return self._figures(step, moment.update, changes) | {"seconds_update": seconds}
+        return figures(self, moment, counts) | clock.figures(weights.bytes_received, received, self.balance)
 
-    def _apply(self, name: str, mask: Tensor) -> None:
-        """Give a layer its new mask: survivors keep weight and moments, all others start or end at 0 (or history)."""
-        layer = self.sparse.layers[name]
-        changed = mask ^ layer.mask
-        grown = changed & mask
+    def _gather_gradients(self) -> dict[str, Tensor]:
+        """The captured gradients of the owned layers, averaged over the ranks."""
+        gradients = {}
+        for name, layer in self.sparse.layers.items():
+            if layer.captured is None:
+                continue
+            dist.sum_at(layer.captured, self.owner[name])
+            if self.owner[name] == dist.rank():
+                gradients[name] = layer.captured.div_(dist.world_size())
+            layer.captured = None
+        return gradients
+
+    def _remember(self, name: str, weight: Tensor, new_mask: Tensor) -> None:
         history = self.history.get(name)
         if history is not None:
-            torch.where(layer.mask, layer.weight.float(), history, out=history)
-        layer.set_mask(mask)
-        if history is not None:
-            layer.weight[grown] = history[grown].to(layer.weight.dtype)
-        shards.reset_moments(self.optimizer, layer.weight, changed)
-        self.union[name] |= mask
+            torch.where(self.sparse.layers[name].mask, weight, history, out=history)
+        self.union[name] |= new_mask
 
-    def _figures(self, step: int, update: int, changes: Mapping[str, LayerChange]) -> dict[str, Any]:
-        neurons = [self._anp(group) for group in self.sparse.groups]
-        all_neurons = sum(total for _, total in neurons)  # 0 where no layers belong together
-        explored = itop(self.union)
-        regrown = {name: change.regrown for name, change in changes.items()}
-        overlap = elm_overlap({name: change.returned for name, change in changes.items()}, regrown)
-        layers = {
-            name: {
-                "sparsity": 1 - int(change.mask.count_nonzero()) / change.mask.numel(),
-                "itop": explored.layers[name],
-                "overlap": overlap.layers[name],
-            }
-            for name, change in changes.items()
-        }
-        return {
-            "update": update,
-            "zeta": self.method.zeta(step),
-            "temperature": self.method.temperature(step),
-            "density": self.density(),
-            "pruned": sum(change.pruned for change in changes.values()),
-            "removed": sum(change.removed for change in changes.values()),
-            "percolated": sum(change.percolated for change in changes.values()),
-            "regrown": sum(regrown.values()),
-            "overlap": overlap.overall,
-            "anp": sum(active for active, _ in neurons) / all_neurons if all_neurons else None,
-            "itop": explored.overall,
-            "itop_mean": explored.mean,
-            "layers": layers,
-        }
+    def _change(self, name: str, new_mask: Tensor) -> _Change:
+        flipped = (new_mask ^ self.sparse.layers[name].mask).view(-1)
+        history = self.history.get(name)
+        return _Change(flipped, None if history is None else history.view(-1)[flipped & new_mask.view(-1)])
 
-    def _anp(self, group: Any) -> tuple[int, int]:
-        masks = {name: self.sparse.layers[name].mask for name in group.layers}
-        return active_neurons(self.method, group, masks, self._has_bias)
+    def _count(self, changes: Mapping[str, LayerChange]) -> Tensor:
+        """Counts of links, int64 (layers, ``COUNTS``), in the order of the model, and the same on all ranks."""
+        counts = torch.zeros(len(self.sparse.layers), len(COUNTS), dtype=torch.int64)
+        for row, name in enumerate(self.sparse.layers):
+            if name in changes:
+                change, mask = changes[name], self.sparse.layers[name].mask
+                grown = int((change.mask & ~mask).count_nonzero())
+                links, explored = int(change.mask.count_nonzero()), int(self.union[name].count_nonzero())
+                kinds = (change.pruned, change.removed, change.percolated, change.regrown, change.returned)
+                counts[row] = torch.tensor([*kinds, grown, links, explored])
+        return dist.total_counts(counts)
+
+    def _exchange(self, own: Mapping[str, _Change], counts: Tensor) -> Iterator[tuple[str, _Change]]:
+        """The changes of all layers, from their owners."""
+        if dist.world_size() == 1:
+            yield from own.items()
+            return
+        layers = self.sparse.layers
+        grown = dict(zip(layers, counts[:, COUNTS.index("grown")].tolist(), strict=True))
+        by_rank = [[n for n in layers if self.owner[n] == r] for r in range(dist.world_size())]
+        device = next(iter(layers.values())).mask.device
+        packed = [bits.pack(own[n].flipped) for n in by_rank[dist.rank()]]
+        sizes = {n: (layer.mask.numel() + 7) // 8 for n, layer in layers.items()}
+        flips = dist.spread(_joined(packed, torch.uint8, device), [sum(sizes[n] for n in names) for names in by_rank])
+        first = [w for n in by_rank[dist.rank()] if (w := own[n].weights) is not None]
+        remembered = self.method.settings.new_weight == "history"
+        lengths = [sum(grown[n] for n in names) * remembered for names in by_rank]
+        weights = dist.spread(_joined(first, torch.float32, device), lengths)
+        for names, flat, values in zip(by_rank, flips, weights, strict=True):
+            parts = flat.split([sizes[n] for n in names])
+            starts = values.split([grown[n] if remembered else 0 for n in names])
+            for name, part, start in zip(names, parts, starts, strict=True):
+                flipped = bits.unpack(part, (layers[name].mask.numel(),))
+                yield name, _Change(flipped, start if remembered else None)
+
+    def _apply(self, name: str, change: _Change) -> None:
+        """Give a layer its new mask: survivors keep weight and moments, all others start or end at 0 (or history)."""
+        layer = self.sparse.layers[name]
+        mask = layer.mask.view(-1).logical_xor_(change.flipped)
+        grown = (change.flipped & mask).nonzero().squeeze(1)
+        first = grown.new_zeros(len(grown), dtype=torch.float32) if change.weights is None else change.weights
+        self.shards.write(layer.weight, change.flipped, grown, first)
+
+    def _agree(self, step: int) -> None:
+        """All ranks must have the same masks; what differs is named, and no rank says a word to another afterwards."""
+        if dist.world_size() == 1:
+            return
+        own = torch.tensor([bits.fingerprint(layer.mask) for layer in self.sparse.layers.values()])
+        everybody = dist.gather_counts(own)
+        for row, name in enumerate(self.sparse.layers):
+            column = everybody[:, row]
+            odd = [rank for rank, value in enumerate(column.tolist()) if value != int(column.mode().values)]
+            if odd:
+                raise UserError(
+                    f"after the topology update of step {step} the mask of `{name}` on rank(s) {odd} differs from the "
+                    "other ranks'. The masks no longer agree: memory or network of a node is faulty; resume from the "
+                    "last checkpoint without it"
+                )
 
     def density(self) -> float:
         """Existing links over all positions of the sparse layers, now."""
         links = sum(int(layer.mask.count_nonzero()) for layer in self.sparse.layers.values())
         return links / sum(layer.mask.numel() for layer in self.sparse.layers.values())
 
+    def active(self) -> tuple[int, int]:
+        """Active and all neurons of the percolation units, over all groups; trial percolations shared out."""
+        counts = [self._active(group) for group in self.owned]
+        active, neurons = dist.total([sum(a for a, _ in counts), sum(n for _, n in counts)])
+        return int(active), int(neurons)
+
+    def _active(self, group: Group) -> tuple[int, int]:
+        masks = {name: self.sparse.layers[name].mask for name in group.layers}
+        return active_neurons(self.method, group, masks, self._has_bias)
+
     def digest(self) -> str:
         """SHA-256 over all masks."""
         return bits.digest(self.masks)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain values from which ``load_state_dict`` goes on bit for bit.
+        """Tensors of this rank and plain values from which ``load_state_dict`` goes on bit for bit.
 
-        History is kept for links that once existed and do not now: an existing link's memory is overwritten by its
-        weight before it is ever read.
+        Masks come from the main rank, union and history of a layer from its owner. History is kept for links that once
+        existed and do not now: an existing link's memory is overwritten by its weight before it is ever read.
         """
         tensors = {}
         for name, layer in self.sparse.layers.items():
-            tensors[f"mask.{name}"] = bits.pack(layer.mask)
-            tensors[f"union.{name}"] = bits.pack(self.union[name])
+            if dist.is_main():
+                tensors[f"mask.{name}"] = bits.pack(layer.mask)
+            if name in self.union:
+                tensors[f"union.{name}"] = bits.pack(self.union[name])
             if name in self.history:
                 tensors[f"history.{name}"] = self.history[name][self.union[name] & ~layer.mask]
         return tensors, {"last_update": self.last_update, "digest": self.digest()}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take over a saved topology. The model's weights must have been loaded before.
+        """Take over a saved topology, by any number of ranks. Weights are loaded apart from it.
+
+        ``tensors``: those of all ranks that saved; only what this rank needs is read from it.
 
         Raises:
             UserError: the saved layers are not this model's, or the masks are not those that were saved.
@@ -194,14 +299,45 @@ class TopologyUpdater:
         if bits.digest(masks) != values["digest"]:
             raise UserError("the checkpoint's masks do not match their digest; resume from an older checkpoint")
         for name, layer in layers.items():
-            device = layer.mask.device
-            layer.set_mask(masks[name].to(device))
-            self.union[name] = bits.unpack(tensors[f"union.{name}"], layer.mask.shape).to(device)
-            if self.method.settings.new_weight == "history":
-                history = torch.zeros(layer.mask.shape, dtype=torch.float32, device=device)
-                history[self.union[name] & ~layer.mask] = tensors[f"history.{name}"].to(device)
-                self.history[name] = history
+            layer.mask.copy_(masks[name])
+        for name, union in self.union.items():
+            union.copy_(bits.unpack(tensors[f"union.{name}"], union.shape))
+        for name, history in self.history.items():
+            remembered = self.union[name] & ~layers[name].mask
+            history.zero_()[remembered] = tensors[f"history.{name}"].to(history.device)
         self.last_update = values["last_update"]
+
+
+class _Clock:
+    """Seconds of the phases of an update."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """End a phase."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self._seconds[phase] = now - self._last
+        self._last = now
+
+    def figures(self, gathered: int, exchanged: int, predicted: float) -> dict[str, Any]:
+        """Seconds of the whole and of each phase (of every rank, where there are many), bytes, balance."""
+        figures: dict[str, Any] = {"seconds_update": sum(self._seconds.values())}
+        if dist.world_size() == 1:
+            return figures | {f"seconds_{phase}": seconds for phase, seconds in self._seconds.items()}
+        everybody = dist.gather([[round(s, 6) for s in self._seconds.values()], gathered])
+        for i, phase in enumerate(self._seconds):
+            figures[f"seconds_{phase}"] = [seconds[i] for seconds, _ in everybody]
+        compute = figures["seconds_compute"]
+        sent = {"bytes_gathered": sum(count for _, count in everybody), "bytes_exchanged": exchanged}
+        return figures | sent | {"balance": sum(compute) / len(compute) / max(compute), "balance_predicted": predicted}
+
+
+def _joined(parts: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=device)
 
 
 def _check_finite(weights: Mapping[str, Tensor], step: int) -> None:

@@ -128,20 +128,22 @@ def _mismatch(folder: Path, stem: str, fault: str) -> UserError:
 def save_model_folder(
     folder: Path,
     model: "PreTrainedModel",
+    state: Mapping[str, Tensor],
     tokenizer: "PreTrainedTokenizerBase",
     topology: Topology,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a folder that stock ``transformers`` loads: config, generation config, weights, tokenizer, topology.
 
-    The masks of ``topology`` are empty for a dense model. The live model is only read: converted copies of its weights
-    go into a stock model of the same class, which also proves that they fit it. A folder that is already there is
+    ``state`` holds the whole weights by name: ``model.state_dict()``, or what a checkpoint of many ranks has; of
+    ``model`` only class and configs are used. The masks of ``topology`` are empty for a dense model. Converted copies of
+    the weights go into a stock model of the same class, which also proves that they fit it. A folder that is already there is
     replaced if it holds a model of ours. Raises ``UserError`` if it holds anything else, or cannot be written.
     """
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not empty and not (folder / "topology.json").exists():
         raise UserError(f"{folder} holds files that llm-cht did not write: give another folder, or empty this one")
-    dense = _stock_copy(model, dtype)
+    dense = _stock_copy(model, state, dtype)
     for name, mask_OI in topology.masks.items():
         weight_OI = dense.get_parameter(f"{name}.weight").detach()
         off = int(weight_OI.masked_fill(mask_OI.to(weight_OI.device), 0).count_nonzero())
@@ -153,12 +155,12 @@ def save_model_folder(
         write_topology(fresh, topology.masks, topology.preset, topology.step)
 
 
-def _stock_copy(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
+def _stock_copy(model: "PreTrainedModel", state: Mapping[str, Tensor], dtype: torch.dtype) -> "PreTrainedModel":
     """Copy into an unmodified model of the same class: floats converted to ``dtype``, shared where it is the same."""
     with torch.device("meta"):
         dense = type(model)(copy.deepcopy(model.config))
-    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
-    dense.load_state_dict(state, assign=True)
+    converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    dense.load_state_dict(converted, assign=True)
     dense.tie_weights()  # assign made two parameters of tied ones
     dense.generation_config = copy.deepcopy(model.generation_config)
     return dense

@@ -22,12 +22,15 @@ class _MaskedGradient(torch.autograd.Function):
     """The dense linear map; in backward the weight's gradient is zeroed off the mask."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias: Tensor | None, mask_OI: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias: Tensor | None, mask_OI: Tensor, captured_OI: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight_OI, mask_OI)
+        ctx.captured_OI = captured_OI
         return F.linear(x, weight_OI, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight_OI, mask_OI = ctx.saved_tensors
         grad_y = gradients[0]
         grad_x = grad_weight = grad_bias = None
@@ -35,10 +38,12 @@ class _MaskedGradient(torch.autograd.Function):
             grad_x = grad_y @ weight_OI
         if ctx.needs_input_grad[1]:
             grad_weight = grad_y.flatten(0, -2).mT @ x.flatten(0, -2)
+            if ctx.captured_OI is not None:
+                ctx.captured_OI.add_(grad_weight)
             grad_weight.mul_(mask_OI.view(torch.uint8))  # 4 to 8 times faster than by bool on CPU
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y.flatten(0, -2).sum(0)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 class SparseLinear(nn.Linear):
@@ -49,6 +54,8 @@ class SparseLinear(nn.Linear):
     """
 
     mask: Tensor
+    captured: Tensor | None = None
+    """fp32 (out, in); while it is there every backward pass adds the gradient of the dense weight to it"""
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> SparseLinear:
@@ -62,14 +69,14 @@ class SparseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         if not torch.is_autocast_enabled(x.device.type):
-            return _MaskedGradient.apply(x, self.weight, self.bias, self.mask)
+            return _MaskedGradient.apply(x, self.weight, self.bias, self.mask, self.captured)
         dtype = torch.get_autocast_dtype(x.device.type)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return _MaskedGradient.apply(x.to(dtype), self.weight.to(dtype), bias, self.mask)
+        return _MaskedGradient.apply(x.to(dtype), self.weight.to(dtype), bias, self.mask, self.captured)
 
     @torch.no_grad()
     def set_mask(self, mask_OI: Tensor) -> None:
-        """Take over a mask (out, in) and zero the weights off it."""
+        """Take over a mask (out, in) and zero the weights off it; for a weight that is whole here."""
         assert mask_OI.shape == self.mask.shape, (mask_OI.shape, self.mask.shape)
         self.mask.copy_(mask_OI)
         self.weight.mul_(self.mask)

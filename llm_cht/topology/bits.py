@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from llm_cht.topology.keys import Keys
+
 
 def pack(mask: Tensor) -> Tensor:
     """Pack a boolean tensor of any shape into uint8 of shape (ceil(n / 8),)."""
@@ -31,6 +33,14 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
         bit = mask[position::8]
         bit.copy_((packed[: bit.numel()] >> position) & 1)
     return mask.view(*shape)
+
+
+def fingerprint(mask: Tensor) -> int:
+    """Return 63 bits that differ, but for chance, for masks that differ; cheap on every device, no cryptography."""
+    packed = pack(mask).to(torch.int64)
+    place = torch.arange(packed.numel(), device=packed.device)
+    mixed = Keys(0, 0, "fingerprint").bits("", (place * 256 + packed) % 2**32) * (2 * place + 1)
+    return int(mixed.sum()) & (2**63 - 1)
 
 
 def digest(masks: Mapping[str, Tensor]) -> str:

@@ -1,7 +1,8 @@
-"""Link predictors: how likely a missing link is to be grown, from the topology alone.
+"""Link predictors: how likely a missing link is to be grown, from the topology alone or from the dense gradient.
 
-One signature, so that a method names its predictor as data: ``(mask_OI, workspace_mb) -> score_OI``, fp32, at least 0
-and exactly 0 on existing links.
+One signature, so that a method names its predictor as data: ``(mask_OI, gradient_OI, workspace_mb) -> score_OI``, fp32,
+at least 0 and exactly 0 on existing links. The gradient, that of the dense weight, is None unless ``NEEDS_GRADIENT``
+has the predictor.
 
 A layer is a bipartite graph. CH2-L3n adds, over all paths of length three from an output to an input, one node term per
 path, which makes it four dense matrix products; path by path, as published, it is out of reach at 10 % density. The
@@ -17,17 +18,23 @@ from torch import Tensor
 
 from llm_cht.errors import UserError
 
-Predictor = Callable[[Tensor, int], Tensor]
+Predictor = Callable[[Tensor, Tensor | None, int], Tensor]
 
 _PIECE = 1 << 18  # numbers per elementwise piece
 
 
-def random(mask_OI: Tensor, workspace_mb: int) -> Tensor:
+def random(mask_OI: Tensor, gradient_OI: Tensor | None, workspace_mb: int) -> Tensor:
     """Return 1 on every missing link (SET): all are equally likely."""
     return (~mask_OI).float()
 
 
-def ch2_l3n(mask_OI: Tensor, workspace_mb: int) -> Tensor:
+def gradient(mask_OI: Tensor, gradient_OI: Tensor | None, workspace_mb: int) -> Tensor:
+    """Return the size of the loss's gradient by the missing link (RigL), averaged over ranks and micro-batches."""
+    assert gradient_OI is not None, "the updater captures the gradient for predictors in NEEDS_GRADIENT"
+    return gradient_OI.abs().masked_fill_(mask_OI, 0)
+
+
+def ch2_l3n(mask_OI: Tensor, gradient_OI: Tensor | None, workspace_mb: int) -> Tensor:
     """Return the CH2-L3n scores (paper 002, Algorithm 1), shape (out, in).
 
     With UU = A A^T, VV = A^T A and d the degrees: e_U[i, j] = (UU[i, j] + 1) / (d_j - UU[i, j]) where UU[i, j] > 0,
@@ -69,4 +76,15 @@ def _common_to_weight_(common_BU: Tensor, degree_U: Tensor) -> None:
     torch.threshold_(common_BU.add_(1), 1, 0).div_(others_BU)
 
 
-PREDICTORS: dict[str, Predictor] = {"random": random, "ch2_l3n": ch2_l3n}
+PREDICTORS: dict[str, Predictor] = {"random": random, "gradient": gradient, "ch2_l3n": ch2_l3n}
+NEEDS_GRADIENT = frozenset({"gradient"})
+
+
+def cost(predictor: str, shape: tuple[int, int]) -> float:
+    """Work of an update that regrows by ``predictor`` in a layer of ``shape``, in FLOP; selection counts 100 a position.
+
+    Node rules: the four products, 4 m n (m + n).
+    """
+    out, inputs = shape
+    products = 4.0 * out * inputs * (out + inputs) if predictor == "ch2_l3n" else 0.0
+    return products + 100.0 * out * inputs

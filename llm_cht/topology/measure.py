@@ -8,8 +8,6 @@ masks, so that ranks can exchange them. Active neurons (ANP) need the percolatio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 
 @dataclass(frozen=True)
 class Rates:
@@ -20,10 +18,9 @@ class Rates:
     overall: float
 
 
-def itop(unions: Mapping[str, Tensor]) -> Rates:
-    """Return the share of positions that have ever held a link, from a boolean mask of those per layer."""
-    held = {name: int(union.count_nonzero()) for name, union in unions.items()}
-    return _rates(held, {name: union.numel() for name, union in unions.items()})
+def itop(held: Mapping[str, int], positions: Mapping[str, int]) -> Rates:
+    """Return the share of the ``positions`` of each layer that have ever ``held`` a link."""
+    return _rates(held, positions)
 
 
 def elm_overlap(returned: Mapping[str, int], regrown: Mapping[str, int]) -> Rates:
@@ -33,11 +30,6 @@ def elm_overlap(returned: Mapping[str, int], regrown: Mapping[str, int]) -> Rate
     (epitopological local minimum). 0.0 where nothing was regrown.
     """
     return _rates(returned, regrown)
-
-
-def degrees(mask_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the number of links of every output (O,) and of every input (I,), int64."""
-    return mask_OI.sum(dim=1), mask_OI.sum(dim=0)
 
 
 def _rates(part: Mapping[str, int], whole: Mapping[str, int]) -> Rates:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -21,7 +21,7 @@ from llm_cht.errors import UserError
 from llm_cht.topology.budget import num_links
 from llm_cht.topology.initial import STARTS, InitialOptions, repair
 from llm_cht.topology.keys import Keys
-from llm_cht.topology.link import PREDICTORS
+from llm_cht.topology.link import NEEDS_GRADIENT, PREDICTORS
 from llm_cht.topology.percolate import Group, QueryKey, percolate
 from llm_cht.topology.schedule import Anneal, Density, Temperature, Updates, density_window
 from llm_cht.topology.score import SCORES
@@ -32,7 +32,7 @@ from llm_cht.topology.select import choose, choose_missing
 class MethodSettings:
     """How the topology starts and evolves; null means: as the preset says."""
 
-    preset: Literal["dense", "static", "set", "chts", "chtss"] = "chts"
+    preset: Literal["dense", "static", "set", "rigl", "chts", "chtss"] = "chts"
     """Row of defaults for every setting below."""
     sparsity: float = 0.9
     """Fraction of missing links at the end, in [0, 1)."""
@@ -62,7 +62,7 @@ class MethodSettings:
     """Fraction of a layer's links removed at one update, in [0, 1)."""
     zeta_schedule: Literal["constant", "cosine"] | None = None
     """cosine: falls to 0 at end_step."""
-    regrowth: Literal["random", "ch2_l3n"] | None = None
+    regrowth: Literal["random", "gradient", "ch2_l3n"] | None = None
     """Link predictor."""
     regrowth_choice: Literal["hard", "soft"] | None = None
     """hard: the best missing links; soft: sampled."""
@@ -127,6 +127,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dense": _STILL,
     "static": _STILL,
     "set": _SET,
+    "rigl": _SET | {"regrowth": "gradient", "zeta_schedule": "cosine"},
     "chts": _CHTS,
     "chtss": _CHTS | {"density": "sigmoid", "half_window": True},
 }
@@ -152,6 +153,11 @@ class Method:
     def evolves(self) -> bool:
         """Whether links are removed and regrown."""
         return self.settings.zeta > 0
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether an update looks at the dense gradient of the step before it."""
+        return self.evolves and self.settings.regrowth in NEEDS_GRADIENT
 
     def start(self, shape: tuple[int, int], keys: Keys) -> Tensor:
         """First mask (out, in) with exactly the scheduled number of links."""
@@ -233,11 +239,22 @@ class LayerChange:
     """taken away by removal or percolation and regrown in the same update"""
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What an update of a group looks at, by layer; nothing of it is changed."""
+
+    weights: Mapping[str, Tensor]
+    """fp32 (out, in), 0 off the mask"""
+    masks: Mapping[str, Tensor]
+    """bool (out, in)"""
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    """fp32 (out, in) of the dense weight; empty unless the method ``needs_gradient``"""
+
+
 def update_group(
     method: Method,
     group: Group,
-    weights: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
+    inputs: Inputs,
     has_bias: frozenset[str],
     moment: Moment,
 ) -> dict[str, LayerChange]:
@@ -246,15 +263,14 @@ def update_group(
     Args:
         method: what to do.
         group: the layers' names and percolation units.
-        weights: fp32 (out, in) per layer, 0 off the mask.
-        masks: bool (out, in) per layer; not changed.
+        inputs: weights, masks and gradients of the layers.
         has_bias: layers with a bias.
         moment: step, number of the update and seed of the run.
 
     Returns:
         The new mask of each layer, which has exactly the scheduled number of links, and the counts.
     """
-    settings = method.settings
+    settings, weights, masks = method.settings, inputs.weights, inputs.masks
     evolving = method.evolves and moment.step <= settings.end_step
     layers = {name: Keys(moment.seed, moment.update, name) for name in group.layers}
     targets = {name: num_links(masks[name].shape, method.density(moment.step)) for name in layers}
@@ -267,7 +283,7 @@ def update_group(
         passing = percolate(_paired(group, settings), kept, _biased(settings, has_bias))[0]
     changes = {}
     for name, keys in layers.items():
-        grown = _regrow(method, passing[name], targets[name], keys)
+        grown = _regrow(method, passing[name], inputs.gradients.get(name), targets[name], keys)
         changes[name] = _change(masks[name], decayed[name], kept[name], passing[name], grown)
     return changes
 
@@ -304,14 +320,14 @@ def _keep(score_OI: Tensor, mask_OI: Tensor, choice: Callable[[Tensor, Tensor], 
     return kept.view_as(mask_OI)
 
 
-def _regrow(method: Method, mask: Tensor, target: int, keys: Keys) -> Tensor:
+def _regrow(method: Method, mask: Tensor, gradient: Tensor | None, target: int, keys: Keys) -> Tensor:
     settings = method.settings
     delta = settings.regrowth_delta
     exponent = delta / (1 - delta) if settings.regrowth_choice == "soft" else None
     missing = target - int(mask.count_nonzero())
     if missing == 0:
         return mask
-    score = PREDICTORS[settings.regrowth](mask, settings.workspace_mb)
+    score = PREDICTORS[settings.regrowth](mask, gradient, settings.workspace_mb)
     grown = mask.clone()
     grown.view(-1)[choose_missing(score, mask, missing, exponent, keys)] = True
     return grown

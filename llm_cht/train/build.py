@@ -1,4 +1,8 @@
-"""Builds the parts of a run from its settings: data, model, surgery, optimizer, topology. No loop, no files written."""
+"""Builds the parts of a run from its settings: data, model, surgery, first topology, optimizer, engine. No loop.
+
+What can fail on one rank alone comes first, together: all ranks go on, or all stop with the same message. Only then
+the engine is asked to cut weights between the ranks, which is a collective.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
+from llm_cht import dist
 from llm_cht.data.text import TextData, check_vocabulary, load_text
 from llm_cht.errors import UserError
-from llm_cht.evolve.updater import TopologyUpdater
+from llm_cht.evolve.updater import TopologyUpdater, check_links, draw_start
 from llm_cht.models import build_model
-from llm_cht.sparse.surgery import sparsify
+from llm_cht.sparse.surgery import SparseModel, sparsify
 from llm_cht.topology.method import resolve
 from llm_cht.train.config import RunSettings
-from llm_cht.train.engine import Engine, start_engine
+from llm_cht.train.engine import Engine
+from llm_cht.train.environment import versions
+from llm_cht.train.metrics import training_flops_per_token
 from llm_cht.train.optim import build_optimizer
 from llm_cht.train.state import Parts, Progress
 
@@ -30,86 +36,80 @@ class Built:
     engine: Engine
     data: TextData
     model: Any
-    """the transformers model with its sparse layers; what is saved and exported"""
-    forward: nn.Module
-    """the same as the loop calls it: compiled, or wrapped by accelerate"""
+    """the transformers model with its sparse layers; under ZeRO 3 its weights are elsewhere"""
+    forward: Any
+    """the same as the loop calls it: compiled, or wrapped by accelerate or DeepSpeed"""
     optimizer: Optimizer
+    """torch's, whose param_groups hold the learning rate"""
     updater: TopologyUpdater | None
     """None for the preset `dense`, which trains the unmodified model"""
     parts: Parts
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Forward passes per optimizer step."""
-        train = self.settings.train
-        return train.batch_size // (train.micro_batch_size or train.batch_size)
-
-    def start_record(self, lonely: dict[str, int]) -> dict[str, Any]:
-        """What stands in the metrics before the first step; ``lonely`` counts neurons that start without a link."""
-        layers = self.updater.sparse.layers if self.updater else {}
-        return {
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "sparse_parameters": sum(layer.weight.numel() for layer in layers.values()),
-            "layers": {
-                name: {"shape": list(layer.mask.shape), "sparsity": 1 - layer.mask.float().mean().item()}
-                for name, layer in layers.items()
-            },
-            "unlinked": lonely,
-            "device": str(self.engine.device),
-            "dtype": self.engine.precision,
-            "world_size": self.engine.accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-            "versions": versions(),
-        }
+    flops_per_token: float
+    start_record: dict[str, Any]
+    """what stands in the metrics before the first step"""
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a run depends on."""
-    import platform
-
-    import accelerate
-    import transformers
-
-    from llm_cht import __version__
-
-    return {
-        "llm_cht": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def build(settings: RunSettings, say: Callable[[str], None]) -> Built:
-    """Build every part; the topology is still full, the weights fresh.
+def build(settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str], None]) -> Built:
+    """Build every part; a ``fresh`` run's first topology is drawn. A collective.
 
     Raises:
         UserError: from any part, before anything is written to the run folder.
     """
     train = settings.train
-    engine = start_engine(
-        train.device, train.precision, train.batch_size // (train.micro_batch_size or train.batch_size)
-    )
-    model: Any = build_model(settings.model, settings.seed)
-    _check_length(settings.data.sequence_length, model.config)
-    model.to(device=engine.device, dtype=engine.model_dtype)
-    if train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    sparse = None
-    if settings.method.preset != "dense":
-        sparse = sparsify(model, settings.sparse)
-        say(sparse.report())
+    with dist.together(patient=True):
+        model, sparse, lonely = _build_model(settings, engine, fresh, say)
+        data = load_text(settings.data, settings.seed)  # last: it can take hours, the mistakes above show at once
+        check_vocabulary(data.tokenizer, model.config.vocab_size)
     optimizer = build_optimizer(model, settings.optimizer)
+    flops = training_flops_per_token(model, settings.data.sequence_length)
+    record = _start_record(model, sparse, lonely, engine)
+    forward, shards = engine.prepare(torch.compile(model) if train.compile else model, model, optimizer)
     updater = None
     if sparse is not None:
-        updater = TopologyUpdater(sparse, resolve(settings.method, train.steps), optimizer, settings.seed)
-    data = load_text(settings.data, settings.seed)  # last: it can take hours, the mistakes above show at once
-    check_vocabulary(data.tokenizer, model.config.vocab_size)
-    forward = engine.accelerator.prepare_model(torch.compile(model) if train.compile else model)
-    parts = Parts(model, optimizer, updater, data.train, Progress())
-    return Built(settings, engine, data, model, forward, optimizer, updater, parts)
+        updater = TopologyUpdater(sparse, resolve(settings.method, train.steps), shards, settings.seed)
+    parts = Parts(model, shards, updater, data.train, Progress())
+    return Built(settings, engine, data, model, forward, optimizer, updater, parts, flops, record)
+
+
+def _build_model(
+    settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str], None]
+) -> tuple[Any, SparseModel | None, dict[str, int]]:
+    model: Any = build_model(settings.model, settings.seed)
+    _check_length(settings.data.sequence_length, model.config)
+    model.to(dtype=engine.model_dtype)
+    if not engine.zero_stage:  # DeepSpeed moves it, in its working precision
+        model.to(device=engine.device)
+    if settings.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    if settings.method.preset == "dense":
+        return model, None, {"outputs": 0, "inputs": 0}
+    sparse = sparsify(model, settings.sparse)
+    say(sparse.report())
+    method = resolve(settings.method, settings.train.steps)
+    check_links(sparse, method)
+    lonely = draw_start(sparse, method, settings.seed) if fresh else {"outputs": 0, "inputs": 0}
+    return model, sparse, lonely
+
+
+def _start_record(model: Any, sparse: SparseModel | None, lonely: dict[str, int], engine: Engine) -> dict[str, Any]:
+    """``lonely`` counts neurons that start without a link."""
+    layers = sparse.layers if sparse else {}
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "sparse_parameters": sum(layer.mask.numel() for layer in layers.values()),
+        "layers": {
+            name: {"shape": list(layer.mask.shape), "sparsity": 1 - layer.mask.float().mean().item()}
+            for name, layer in layers.items()
+        },
+        "unlinked": lonely,
+        "device": str(engine.device),
+        "dtype": engine.settings.precision,
+        "engine": engine.name,
+        "world_size": dist.world_size(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
 
 
 def _check_length(sequence_length: int, config: Any) -> None:

@@ -37,6 +37,8 @@ class TrainSettings:
     """torch.compile the model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
+    timeout_s: float = 600.0
+    """Seconds after which ranks stop waiting for one of them; a slower one must be awaited with a larger value."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is not finite does: stop the run, or skip the step."""
     max_skipped: int = 10
@@ -119,6 +121,7 @@ def check(settings: RunSettings) -> None:
         "train.batch_size": train.batch_size,
         "train.micro_batch_size": train.micro_batch_size,
         "train.max_skipped": train.max_skipped,
+        "train.timeout_s": train.timeout_s,
         "validation.every": settings.validation.every,
         "validation.max_tokens": settings.validation.max_tokens,
         "validation.batch_size": settings.validation.batch_size,

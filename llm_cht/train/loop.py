@@ -2,12 +2,16 @@
 
 The loop knows no method and no model. A topology update runs after the optimizer step of its iteration. Everything
 that decides the next step is in the checkpoint, so a resumed run equals an unbroken one bit for bit on the CPU.
+
+On many ranks each has its rows of the global batch; the main one alone writes and prints. A rank never decides by
+itself whether to go on: a signal on one, a loss that is not finite on one, a full disk on one are agreed on first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +20,21 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from llm_cht import config
+from llm_cht import config, dist
 from llm_cht.data.text import unigram_perplexity
 from llm_cht.errors import UserError
 from llm_cht.files import disk_errors
 from llm_cht.sparse.folder import Topology, save_model_folder, write_topology
 from llm_cht.train import lr
 from llm_cht.train.build import Built, build
-from llm_cht.train.checkpoint import CheckpointStore
+from llm_cht.train.checkpoint import Checkpoint, CheckpointStore
 from llm_cht.train.config import RunSettings, check, resolved
-from llm_cht.train.metrics import Meter, MetricsLog, peak_tflops, training_flops_per_token
+from llm_cht.train.engine import EngineSettings, start_engine
+from llm_cht.train.environment import check_same
+from llm_cht.train.metrics import Meter, MetricsLog, peak_tflops
 from llm_cht.train.rundir import find_run, write_config
 from llm_cht.train.signals import StopSignals
-from llm_cht.train.state import collect, restore
+from llm_cht.train.state import collect, restore, whole_weights
 from llm_cht.train.validate import Validation, count_targets, validate
 
 
@@ -51,27 +57,60 @@ def train(settings: RunSettings, say: Callable[[str], None] = print) -> Outcome:
     """
     check(settings)
     settings = resolved(settings)
+    engine = start_engine(_engine_settings(settings))
+    say = say if dist.is_main() else _silent
+    check_same(config.flat(yaml.safe_load(config.dump(settings))))
     run, checkpoint = find_run(settings, say)
-    built = build(settings, say)
+    built = build(settings, engine, checkpoint is None, say)
     if checkpoint is not None:
         _check_data(checkpoint.state["data_fingerprint"], built.data.fingerprint, str(checkpoint.path))
         restore(built.parts, checkpoint)
         say(f"resumed from {checkpoint.path}")
-    write_config(run, settings)
+    with dist.together():
+        if dist.is_main():
+            write_config(run, settings)
     # until here a signal ends the program as usual: nothing is half done
-    with StopSignals() as signals:
-        log = MetricsLog(run, settings.metrics, config=yaml.safe_load(config.dump(settings)))
-        try:
-            loop = Loop(built, run, log, signals, say)
+    with StopSignals() as signals, _opened_log(run, settings, checkpoint) as log:
+        loop = Loop(built, run, log, signals, say)
+        if checkpoint is None:
+            loop.begin()
+        return loop.run_to_end()
+
+
+def _engine_settings(settings: RunSettings) -> EngineSettings:
+    train = settings.train
+    return EngineSettings(
+        train.device,
+        train.precision,
+        train.batch_size,
+        train.micro_batch_size,
+        train.clip_norm,
+        train.timeout_s,
+        train.on_nonfinite == "skip",
+    )
+
+
+@contextmanager
+def _opened_log(run: Path, settings: RunSettings, checkpoint: Checkpoint | None) -> Iterator[MetricsLog | None]:
+    """The log of the main rank, cut back to where the run goes on; None on the others."""
+    log = None
+    with dist.together():
+        if dist.is_main():
+            log = MetricsLog(run, settings.metrics, config=yaml.safe_load(config.dump(settings)))
             if checkpoint is None:
                 log.truncate_after(-1)
-                loop.begin()
             else:
                 complete = checkpoint.step == settings.train.steps  # then only its ending is done again
                 log.truncate_after(checkpoint.step, again=("end", "validation") if complete else ("end",))
-            return loop.run_to_end()
-        finally:
+    try:
+        yield log
+    finally:
+        if log is not None:
             log.close()
+
+
+def _silent(text: str) -> None:
+    """What the ranks besides the main one say."""
 
 
 def _check_data(saved: str, now: str, place: str) -> None:
@@ -86,50 +125,63 @@ class Loop:
     """The loop over the parts of one run."""
 
     def __init__(
-        self, built: Built, run: Path, log: MetricsLog, signals: StopSignals, say: Callable[[str], None]
+        self, built: Built, run: Path, log: MetricsLog | None, signals: StopSignals, say: Callable[[str], None]
     ) -> None:
         self.built, self.run, self.log, self.signals, self.say = built, run, log, signals, say
         self.settings = built.settings
         self.progress = built.parts.progress
         self.store = CheckpointStore(run / "checkpoints", self.settings.checkpoint.keep_last)
-        flops = training_flops_per_token(built.model, self.settings.data.sequence_length)
         peak = peak_tflops(built.engine.device, self.settings.metrics)
-        self.meter = Meter(built.engine.device, flops, peak, built.engine.accelerator.num_processes)
+        self.meter = Meter(built.engine.device, built.flops_per_token, peak, dist.world_size())
         self.density = 1.0
         self._saved: Path | None = None
         self._saved_step = -1
 
     def begin(self) -> None:
-        """Draw the first topology of a fresh run and write down where it starts."""
-        lonely = {"outputs": 0, "inputs": 0}
-        if self.built.updater:
-            lonely = self.built.updater.start()
-            masks = self.built.updater.masks
-            needed = sum(mask.numel() for mask in masks.values()) // 8
-            with disk_errors(self.run / "topology_start.safetensors", needed, "There is no checkpoint yet."):
-                write_topology(self.run, masks, self.settings.method.preset, 0, stem="topology_start")
-        self.log.log("start", 0, 0, self.built.start_record(lonely))
+        """Write down where a fresh run starts."""
+        with dist.together():
+            if self.built.updater and dist.is_main():
+                masks = self.built.updater.masks
+                needed = sum(mask.numel() for mask in masks.values()) // 8
+                with disk_errors(self.run / "topology_start.safetensors", needed, "There is no checkpoint yet."):
+                    write_topology(self.run, masks, self.settings.method.preset, 0, stem="topology_start")
+        self._record("start", self.built.start_record)
+
+    def _record(self, kind: str, values: Mapping[str, Any]) -> None:
+        """A line of the metrics, from the main rank; a failure to write it stops the others at their next collective."""
+        if self.log is not None:
+            self.log.log(kind, self.progress.step, self.progress.tokens, values)
+
+    def _bar(self, **options: Any) -> tqdm:
+        return tqdm(dynamic_ncols=True, disable=None if dist.is_main() else True, **options)
+
+    def _stop_requested(self) -> bool:
+        """Whether any rank has a signal to stop."""
+        return bool(dist.total([self.signals.requested is not None])[0])
 
     def run_to_end(self) -> Outcome:
         """Steps until the run is complete or a signal asks to stop."""
         total, progress, updater = self.settings.train.steps, self.progress, self.built.updater
         self.density = updater.density() if updater else 1.0
-        bar = tqdm(total=total, initial=progress.step, desc="train", unit="step", dynamic_ncols=True, disable=None)
-        with bar:
-            while progress.step < total and not self.signals.requested:
+        stop = False
+        with self._bar(total=total, initial=progress.step, desc="train", unit="step") as bar:
+            while progress.step < total and not (stop := self._stop_requested()):
+                if updater:
+                    updater.watch(progress.step + 1)
                 figures = self._step()
                 if updater and updater.due(progress.step):
-                    self.log.log("topology", progress.step, progress.tokens, updater.update(progress.step))
+                    self._record("topology", updater.update(progress.step))
                     self.density = updater.density()
                 if self._is_written(progress.step):
                     self._write_train(figures, bar)
                 bar.update()
                 with self.meter.paused():
                     self._after_step(total, sound=math.isfinite(figures["loss"] + figures["grad_norm"]))
-        if progress.step < total or self.signals.requested:
+        if stop or self._stop_requested():
             path = self._saved if self._saved_step == progress.step else self.save()
-            self.say(f"{self.signals.requested}: saved {path}\nresume with: {self.resume_command}")
-            return Outcome(self.run, self.signals.requested, {})
+            reason = next(signal for signal in dist.gather(self.signals.requested) if signal)
+            self.say(f"{reason}: saved {path}\nresume with: {self.resume_command}")
+            return Outcome(self.run, reason, {})
         return Outcome(self.run, None, self._finish())
 
     def _is_written(self, step: int) -> bool:
@@ -144,32 +196,32 @@ class Loop:
 
     def _step(self) -> dict[str, float]:
         """One optimizer step on one global batch."""
-        built, progress, settings = self.built, self.progress, self.settings
-        batch = built.data.train.batch(progress.step * settings.train.batch_size, settings.train.batch_size)
-        targets = count_targets(batch["labels"])
+        built, progress, settings, engine = self.built, self.progress, self.settings, self.built.engine
+        start = progress.step * settings.train.batch_size
+        with dist.together():
+            batch = built.data.train.batch(start, settings.train.batch_size, engine.share)
+        targets = int(dist.total([count_targets(batch["labels"])])[0])
         step = progress.step + 1
         factor, rewarm = self._lr_factors(step)
         for group in built.optimizer.param_groups:
             group["lr"] = settings.optimizer.lr * factor * rewarm
-        micro = settings.train.micro_batch_size or settings.train.batch_size
+        # gradients are averaged over passes and ranks: this makes the mean one over all targets of the step
+        passes = engine.accumulation_steps
+        share = targets / (passes * dist.world_size())
         loss = 0.0
-        for first in range(0, settings.train.batch_size, micro):
-            inputs = {key: value[first : first + micro].to(built.engine.device) for key, value in batch.items()}
-            with built.engine.accelerator.accumulate(built.forward):
-                with built.engine.autocast():
-                    # accelerate divides by the number of passes: the sum over them is the mean over all targets
-                    part = built.forward(
-                        **inputs, use_cache=False, num_items_in_batch=targets / built.accumulation_steps
-                    ).loss
-                built.engine.accelerator.backward(part)
-            loss += part.item() / built.accumulation_steps
-        limit = math.inf if settings.train.clip_norm is None else settings.train.clip_norm
-        norm = float(built.engine.accelerator.clip_grad_norm_(built.model.parameters(), limit))
-        if math.isfinite(loss) and math.isfinite(norm):
-            built.optimizer.step()
-        else:
+        for number in range(passes):
+            rows = slice(number * engine.micro_batch_size, (number + 1) * engine.micro_batch_size)
+            inputs = {key: value[rows].to(engine.device) for key, value in batch.items()}
+            with engine.accumulate(built.forward, last=number == passes - 1):
+                with engine.autocast():
+                    part = built.forward(**inputs, use_cache=False, num_items_in_batch=share).loss
+                engine.backward(built.forward, part)
+            loss += part.item() / passes
+        loss = dist.total([loss])[0] / dist.world_size()
+        norm = engine.step(built.forward, built.optimizer) if math.isfinite(loss) else math.nan
+        if not math.isfinite(norm):
             self._skip(step, loss, norm)
-        built.optimizer.zero_grad(set_to_none=True)
+            engine.discard(built.optimizer)
         progress.step = step
         progress.tokens += targets
         progress.density_sum += self.density
@@ -208,7 +260,7 @@ class Loop:
         speed = self.meter.read()
         average = progress.density_sum / progress.step
         record = figures | speed | {"density": self.density, "average_density": average}
-        self.log.log("train", progress.step, progress.tokens, record)
+        self._record("train", record)
         shown = {"loss": f"{figures['loss']:.3f}", "lr": f"{figures['lr']:.1e}"}
         shown["tok/s"] = f"{speed['tokens_per_second']:,.0f}"
         if self.built.updater:
@@ -238,7 +290,7 @@ class Loop:
         result = self.validation(max_tokens)
         progress.last_validation = {"loss": result.loss, "step": progress.step}
         record = {"loss": result.loss, "perplexity": result.perplexity, "validation_tokens": result.num_tokens}
-        self.log.log("validation", progress.step, progress.tokens, record | {"full": max_tokens is None})
+        self._record("validation", record | {"full": max_tokens is None})
         if not math.isfinite(result.loss):
             raise self._not_finite(f"validation loss {result.loss} after step {progress.step}")
         best = progress.best_loss is None or result.loss < progress.best_loss
@@ -248,10 +300,9 @@ class Loop:
 
     def validation(self, max_tokens: int | None) -> Validation:
         """Cross-entropy on the validation split, on all of it where ``max_tokens`` is None."""
-        train = self.settings.train
-        size = self.settings.validation.batch_size or train.micro_batch_size or train.batch_size
+        size = self.settings.validation.batch_size or self.built.engine.micro_batch_size
         batches = self.built.data.validation.batches(size, max_tokens)
-        shown = tqdm(batches, desc="validate", unit="batch", leave=False, dynamic_ncols=True, disable=None)
+        shown = self._bar(iterable=batches, desc="validate", unit="batch", leave=False)
         return validate(self.built.forward, shown, self.built.engine)
 
     def save(self, best: bool = False) -> Path:
@@ -276,9 +327,7 @@ class Loop:
         built, progress = self.built, self.progress
         best = self._validate(None)
         self.save(best)
-        dtype = getattr(torch, self.settings.checkpoint.export_dtype)
-        with self.signals.hold():
-            save_model_folder(self.run / "model", built.model, built.data.tokenizer, self._topology(), dtype)
+        self._export()
         loss = progress.last_validation["loss"]
         summary = {
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
@@ -287,8 +336,18 @@ class Loop:
             "average_density": progress.density_sum / progress.step,
             "tokens": progress.tokens,
             "skipped": progress.skipped,
-            "seconds": self.log.seconds,
+            "seconds": self.log.seconds if self.log is not None else 0.0,
             "mask_digest": built.updater.digest() if built.updater else None,
         }
-        self.log.log("end", progress.step, progress.tokens, {"summary": summary})
+        self._record("end", {"summary": summary})
         return summary
+
+    def _export(self) -> None:
+        """The model folder, from the checkpoint that was just saved: there the weights are whole under every engine."""
+        built, dtype = self.built, getattr(torch, self.settings.checkpoint.export_dtype)
+        with self.signals.hold(), dist.together(patient=True):
+            if dist.is_main():
+                assert self._saved is not None
+                weights = whole_weights(self.store.load(self._saved))
+                topology = self._topology()
+                save_model_folder(self.run / "model", built.model, weights, built.data.tokenizer, topology, dtype)

@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     "train.compile",
     "train.on_nonfinite",
     "train.max_skipped",
+    "train.timeout_s",
     "data.cache_dir",
     "method.workspace_mb",
 )

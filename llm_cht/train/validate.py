@@ -1,14 +1,20 @@
-"""Validation perplexity, weighted by tokens: the exponential of the summed cross-entropy over the predicted tokens."""
+"""Validation perplexity, weighted by tokens: the exponential of the summed cross-entropy over the predicted tokens.
+
+Many ranks take the batches in turn. All of them make the same number of forward passes, because under ZeRO 3 each pass
+is a collective: in the last turn a rank without a batch repeats the first one's, and its result does not count.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from llm_cht import dist
 from llm_cht.train.engine import Engine
 
 
@@ -34,16 +40,26 @@ def count_targets(labels: Tensor) -> int:
 
 @torch.no_grad()
 def validate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], engine: Engine) -> Validation:
-    """Cross-entropy of ``model`` over ``batches``; training mode is restored."""
+    """Cross-entropy of ``model`` over ``batches``, which all ranks give alike; training mode is restored."""
     training = model.training
     model.eval()
     total, num_tokens = 0.0, 0
-    for batch in batches:
+    for batch, counts in _own(batches):
         targets = count_targets(batch["labels"])
         inputs = {key: value.to(engine.device) for key, value in batch.items()}
         with engine.autocast():
             loss = model(**inputs, use_cache=False, num_items_in_batch=targets).loss
-        total += loss.item() * targets
-        num_tokens += targets
+        if counts:
+            total += loss.item() * targets
+            num_tokens += targets
     model.train(training)
-    return Validation(total / num_tokens, num_tokens)
+    total, all_tokens = dist.total([total, num_tokens])
+    return Validation(total / all_tokens, int(all_tokens))
+
+
+def _own(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[Mapping[str, Tensor], bool]]:
+    """This rank's batches, and whether they count."""
+    rest = iter(batches)
+    while turn := list(itertools.islice(rest, dist.world_size())):
+        counts = dist.rank() < len(turn)
+        yield turn[dist.rank() if counts else 0], counts

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llm_cht.errors import UserError
-from llm_cht.evolve.updater import TopologyUpdater
+from llm_cht.evolve.shards import Whole
+from llm_cht.evolve.updater import TopologyUpdater, draw_start
 from llm_cht.sparse.surgery import SparseSettings, sparsify
 from llm_cht.topology.budget import num_links
 from llm_cht.topology.method import MethodSettings, resolve
@@ -22,8 +23,8 @@ def make(preset="chts", seed=0, optimizer=torch.optim.AdamW, **overrides):
     sparse = sparsify(model, SparseSettings())
     optim = optimizer(model.parameters(), lr=1e-2)
     method = resolve(MethodSettings(preset=preset, sparsity=0.8, update_interval=5, **overrides), total_steps=100)
-    updater = TopologyUpdater(sparse, method, optim, seed)
-    updater.start()
+    draw_start(sparse, method, seed)
+    updater = TopologyUpdater(sparse, method, Whole(optim), seed)
     return model, optim, updater
 
 
@@ -169,4 +170,4 @@ def test_a_density_that_leaves_no_link_names_the_layer():
     sparse = sparsify(model, SparseSettings())
     method = resolve(MethodSettings(sparsity=0.9999, update_interval=5), 100)
     with pytest.raises(UserError, match=r"`method.sparsity` = 0.9999 leaves no link in `.*q_proj` \(8, 8\)"):
-        TopologyUpdater(sparse, method, torch.optim.SGD(model.parameters()), 0)
+        draw_start(sparse, method, 0)

@@ -67,7 +67,7 @@ def model():
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "model"
-    save_model_folder(folder, model, tokenizer(), topology_of(model))
+    save_model_folder(folder, model, model.state_dict(), tokenizer(), topology_of(model))
     return folder
 
 
@@ -196,7 +196,7 @@ torch.save(model.eval()(torch.arange(20)[None]).logits, sys.argv[2])
 def test_dtype_and_tied_embeddings_leave_the_live_model_alone(tmp_path, tie, dtype):
     model = sparse_llama(tie)
     state, config, random_state = copy.deepcopy(model.state_dict()), model.config.to_dict(), torch.get_rng_state()
-    save_model_folder(tmp_path / "model", model, tokenizer(), topology_of(model), dtype)
+    save_model_folder(tmp_path / "model", model, model.state_dict(), tokenizer(), topology_of(model), dtype)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert model.config.to_dict() == config
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
@@ -213,7 +213,7 @@ def test_dtype_and_tied_embeddings_leave_the_live_model_alone(tmp_path, tie, dty
 
 def test_dense_model(tmp_path):
     model = LlamaForCausalLM(sparse_llama().config)
-    save_model_folder(tmp_path / "model", model, tokenizer(), Topology({}, "dense", 5))
+    save_model_folder(tmp_path / "model", model, model.state_dict(), tokenizer(), Topology({}, "dense", 5))
     assert read_topology(tmp_path / "model") == Topology({}, "dense", 5)
     assert verify_folder(tmp_path / "model") == {}
 
@@ -223,17 +223,17 @@ def test_a_weight_off_the_mask_is_our_defect(tmp_path):
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.fill_(1)
     with pytest.raises(AssertionError, match=r"q_proj are not 0 off the mask"):
-        save_model_folder(tmp_path / "model", model, tokenizer(), topology_of(model))
+        save_model_folder(tmp_path / "model", model, model.state_dict(), tokenizer(), topology_of(model))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_replaces_its_own_but_no_other_folder(model, tmp_path):
     for _ in range(2):
-        save_model_folder(tmp_path / "model", model, tokenizer(), topology_of(model))
+        save_model_folder(tmp_path / "model", model, model.state_dict(), tokenizer(), topology_of(model))
     (tmp_path / "thesis.txt").write_text("mine")
     for place in (tmp_path, tmp_path / "thesis.txt"):
         with pytest.raises(UserError, match="did not write"):
-            save_model_folder(place, model, tokenizer(), topology_of(model))
+            save_model_folder(place, model, model.state_dict(), tokenizer(), topology_of(model))
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
@@ -248,7 +248,7 @@ def test_a_failed_write_leaves_the_old_folder(model, folder, limit, words):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write .*model: .*File too large.* before is untouched"):
-            save_model_folder(folder, model, big, topology_of(model))
+            save_model_folder(folder, model, model.state_dict(), big, topology_of(model))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -41,7 +41,7 @@ def brute_force(mask: Tensor) -> Tensor:
 def test_ch2_l3n_equals_the_authors_scores(graph):
     mask = torch.from_numpy(GOLDEN[f"{graph}_links"])
     expected = torch.from_numpy(GOLDEN[f"{graph}_ch2_l3n"])
-    torch.testing.assert_close(ch2_l3n(mask, 1).double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ch2_l3n(mask, None, 1).double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(brute_force(mask), expected, rtol=1e-12, atol=0)
 
 
@@ -49,11 +49,11 @@ def test_ch2_l3n_equals_the_authors_scores(graph):
 @given(st.integers(1, 14), st.integers(1, 14), st.floats(0, 1), st.integers(0, 2**31))
 def test_ch2_l3n_equals_brute_force(rows, columns, density, seed):
     mask = random_mask(rows, columns, density, seed)
-    score = ch2_l3n(mask, 1)
+    score = ch2_l3n(mask, None, 1)
     assert score.dtype == torch.float32
     assert (score[mask] == 0).all()
     torch.testing.assert_close(score.double(), brute_force(mask), rtol=1e-5, atol=0)
-    torch.testing.assert_close(ch2_l3n(mask.T, 1), score.T, rtol=1e-6, atol=0)  # the two sides are alike
+    torch.testing.assert_close(ch2_l3n(mask.T, None, 1), score.T, rtol=1e-6, atol=0)  # the two sides are alike
 
 
 def degenerate() -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def degenerate() -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", degenerate())
 def test_ch2_l3n_of_degenerate_graphs(name):
     mask = degenerate()[name]
-    score = ch2_l3n(mask, 1)
+    score = ch2_l3n(mask, None, 1)
     assert score.isfinite().all()
     torch.testing.assert_close(score.double(), brute_force(mask), rtol=1e-5, atol=0)
 
@@ -82,29 +82,29 @@ def test_ch2_l3n_by_hand():
 
     e_U[0, 1] = (1 + 1) / (2 - 1) and e_V[1, 0] = (1 + 1) / (2 - 1).
     """
-    assert ch2_l3n(torch.tensor([[True, False], [True, True]]), 1).tolist() == [[0, 4], [0, 0]]
+    assert ch2_l3n(torch.tensor([[True, False], [True, True]]), None, 1).tolist() == [[0, 4], [0, 0]]
 
 
 def test_blocks_do_not_matter():
     mask = random_mask(700, 300, 0.1, 0)  # 1 MiB: blocks of 164 rows
-    torch.testing.assert_close(ch2_l3n(mask, 1), ch2_l3n(mask, 64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ch2_l3n(mask, None, 1), ch2_l3n(mask, None, 64), rtol=1e-6, atol=0)
 
 
 def test_a_workspace_too_small_for_one_row_is_refused():
     with pytest.raises(UserError, match="workspace_mb = 1 is too small for a layer with 200000 neurons"):
-        ch2_l3n(torch.ones(1, 200_000, dtype=torch.bool), 1)
+        ch2_l3n(torch.ones(1, 200_000, dtype=torch.bool), None, 1)
 
 
 def test_random_is_one_on_missing_links():
     mask = random_mask(5, 6, 0.5, 0)
-    assert torch.equal(random(mask, 1), 1 - mask.float())
+    assert torch.equal(random(mask, None, 1), 1 - mask.float())
 
 
 @pytest.mark.parametrize("name", PREDICTORS)
 def test_predictors_leave_the_mask_alone(name):
     mask = random_mask(20, 30, 0.2, 0)
     before = mask.clone()
-    score = PREDICTORS[name](mask, 1)
+    score = PREDICTORS[name](mask, torch.randn(mask.shape), 1)
     assert score.shape == mask.shape
     assert (score[mask] == 0).all()
     assert (score >= 0).all()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llm_cht.errors import UserError
 from llm_cht.topology.budget import num_links
 from llm_cht.topology.keys import Keys
-from llm_cht.topology.method import PRESETS, MethodSettings, Moment, active_neurons, resolve, update_group
+from llm_cht.topology.method import PRESETS, Inputs, MethodSettings, Moment, active_neurons, resolve, update_group
 from llm_cht.topology.percolate import Group, Mlp
 
 GROUP = Group("mlp", ("gate", "up", "down"), (Mlp(("gate", "up"), "down"),))
@@ -33,7 +33,7 @@ def run(preset: str, updates: int = 6, **overrides):
     method = resolve(chosen, total_steps=100)
     weights, masks = start(method)
     for update in range(1, updates + 1):
-        changes = update_group(method, GROUP, weights, masks, NONE, Moment(10 * update, update, 7))
+        changes = update_group(method, GROUP, Inputs(weights, masks), NONE, Moment(10 * update, update, 7))
         yield method, weights, masks, changes, 10 * update
         masks = {name: change.mask for name, change in changes.items()}
         weights = {name: torch.randn(mask.shape) * mask for name, mask in masks.items()}
@@ -57,7 +57,7 @@ def test_inputs_are_not_touched():
     for _, weights, masks, _, _ in run("chtss", updates=1):
         copies = {name: (weights[name].clone(), masks[name].clone()) for name in masks}
         method = resolve(MethodSettings(preset="chtss", update_interval=10), 100)
-        update_group(method, GROUP, weights, masks, NONE, Moment(10, 1, 7))
+        update_group(method, GROUP, Inputs(weights, masks), NONE, Moment(10, 1, 7))
         for name, (weight, mask) in copies.items():
             assert torch.equal(weight, weights[name])
             assert torch.equal(mask, masks[name])
@@ -68,7 +68,7 @@ def test_same_inputs_same_masks_and_another_seed_or_update_others():
     weights, masks = start(method)
 
     def after(update: int, seed: int):
-        changes = update_group(method, GROUP, weights, masks, NONE, Moment(10, update, seed))
+        changes = update_group(method, GROUP, Inputs(weights, masks), NONE, Moment(10, update, seed))
         return torch.cat([change.mask.flatten() for change in changes.values()])
 
     assert torch.equal(after(1, 0), after(1, 0))
@@ -79,7 +79,7 @@ def test_same_inputs_same_masks_and_another_seed_or_update_others():
 def test_hard_magnitude_removal_takes_the_smallest():
     method = resolve(MethodSettings(preset="set", update_interval=10, zeta=0.25), 100)
     weights, masks = start(method)
-    changes = update_group(method, GROUP, weights, masks, NONE, Moment(10, 1, 0))
+    changes = update_group(method, GROUP, Inputs(weights, masks), NONE, Moment(10, 1, 0))
     for name, change in changes.items():
         links = weights[name][masks[name]].abs().sort().values
         limit = links[change.removed - 1]
@@ -101,7 +101,7 @@ def test_past_end_step_a_density_window_only_prunes():
     chosen = MethodSettings(preset="chtss", update_interval=10, end_step=20, density_end_step=80, half_window=False)
     method = resolve(chosen, total_steps=100)
     weights, masks = start(method)
-    changes = update_group(method, GROUP, weights, masks, NONE, Moment(50, 5, 7))
+    changes = update_group(method, GROUP, Inputs(weights, masks), NONE, Moment(50, 5, 7))
     for name, change in changes.items():
         assert change.removed == change.percolated == change.regrown == 0
         assert change.pruned > 0
@@ -134,7 +134,7 @@ def test_invariants_over_shapes_and_densities(hidden, width, sparsity, zeta, pre
     chosen = MethodSettings(preset=preset, sparsity=sparsity, start_sparsity=0.05, zeta=zeta, update_interval=10)
     method = resolve(chosen, total_steps=100)
     weights, masks = start(method, hidden, width)
-    changes = update_group(method, GROUP, weights, masks, NONE, Moment(10, 1, 3))
+    changes = update_group(method, GROUP, Inputs(weights, masks), NONE, Moment(10, 1, 3))
     for name, change in changes.items():
         assert int(change.mask.sum()) == num_links(change.mask.shape, method.density(10))
         assert int((masks[name] & ~change.mask).sum()) <= change.pruned + change.removed + change.percolated

@@ -153,7 +153,7 @@ def masked(rows: int, columns: int, density: float, seed: int) -> Tensor:
 def test_regrown_links_are_missing_positive_and_counted(rows, columns, density, exponent, data):
     mask = masked(rows, columns, density, data.draw(st.integers(0, 2**31)))
     k = data.draw(st.integers(0, int((~mask).sum())))
-    score = ch2_l3n(mask, 1)
+    score = ch2_l3n(mask, None, 1)
     chosen = choose_missing(score, mask, k, exponent, KEYS)
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     assert len(chosen) == k

@@ -1,0 +1,179 @@
+"""What every rank of ``test_ranks.py`` runs: ``ranks.py OUT TASK``, under torchrun or accelerate launch.
+
+A tiny LLaMA under whatever engine the launcher asks for; weights and gradients are set to numbers that are functions
+of (layer, update, index), so that they are equal under every engine.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from llm_cht import dist
+from llm_cht.errors import UserError
+from llm_cht.evolve.updater import TopologyUpdater, draw_start
+from llm_cht.sparse.surgery import SparseSettings, sparsify
+from llm_cht.topology.keys import Keys
+from llm_cht.topology.method import MethodSettings, resolve
+from llm_cht.train.engine import Engine, EngineSettings, start_engine
+from llm_cht.train.optim import OptimizerSettings, build_optimizer
+
+PRESETS = ("chts", "chtss", "set", "rigl")
+UPDATES = 10
+BATCH = 8
+
+
+def start(precision: str, batch_size: int = BATCH, micro: int | None = None) -> Engine:
+    settings = EngineSettings("cpu", precision, batch_size, micro, 1.0, 60.0, False)
+    return start_engine(settings)
+
+
+def make(engine: Engine, preset: str, weight_decay: float = 0.1):
+    """The model as built, as called, its updater and optimizer."""
+    torch.manual_seed(0)
+    # sizes that no number of ranks divides evenly
+    sizes = dict(vocab_size=67, hidden_size=24, intermediate_size=37, num_hidden_layers=3)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    sparse = sparsify(model, SparseSettings())
+    method = resolve(MethodSettings(preset=preset, sparsity=0.9, update_interval=2), 40)
+    draw_start(sparse, method, 5)
+    optimizer = build_optimizer(model, OptimizerSettings(name="adamw", lr=0.01, weight_decay=weight_decay))
+    forward, shards = engine.prepare(model, model, optimizer)
+    return model, forward, TopologyUpdater(sparse, method, shards, 5), optimizer
+
+
+def set_weights(model, updater: TopologyUpdater, update: int) -> None:
+    """Weights of existing links: whole multiples of 1/256 in [-1/2, 1/2], none of them 0."""
+    for name, layer in updater.sparse.layers.items():
+        index = torch.arange(layer.mask.numel())
+        drawn = Keys(1, update, name).bits("weight", index) % 256 - 128
+        weight = torch.where(layer.mask.view(-1), (drawn + (drawn >= 0)) / 256, 0.0)
+        updater.shards.load(layer.weight, lambda start, stop, weight=weight: weight[start:stop])
+
+
+def set_gradients(updater: TopologyUpdater, update: int) -> None:
+    """Each rank's part of a gradient whose sum over the ranks is exact, and the same for any number of them."""
+    for name, layer in updater.sparse.layers.items():
+        whole = (Keys(2, update, name).bits("gradient", torch.arange(layer.mask.numel())) % 4096 - 2048).float()
+        own = torch.full_like(whole, 1024.0 * (dist.rank() + 1))
+        extra = sum(1024.0 * (rank + 1) for rank in range(dist.world_size()))
+        if dist.rank() == 0:
+            own += whole * dist.world_size() - extra
+        layer.captured = own.view_as(layer.mask).contiguous()
+
+
+def updates_alone(out: Path, precision: str) -> None:
+    """Digests of all masks after each of ten updates of every preset."""
+    engine = start(precision)
+    told = {"engine": engine.name}
+    for preset in PRESETS:
+        model, _, updater, _ = make(engine, preset)
+        updater.shards.make_moments([p for p in model.parameters() if p.requires_grad], ("exp_avg", "exp_avg_sq"), 3.0)
+        digests = []
+        for number in range(1, UPDATES + 1):
+            set_weights(model, updater, number)
+            for layer in updater.sparse.layers.values():
+                part = updater.shards.fragment(layer.weight)
+                if part is not None:
+                    links = layer.mask.view(-1)[part.start : part.stop]
+                    for moment in part.moments.values():
+                        moment.copy_(links)
+            if updater.method.needs_gradient:
+                set_gradients(updater, number)
+            before = {name: mask.clone() for name, mask in updater.masks.items()}
+            figures = updater.update(2 * number)
+            check_update(updater, before)
+            digests.append(updater.digest())
+        told[preset] = {"digests": digests, "figures": {k: v for k, v in figures.items() if isinstance(v, int | float)}}
+    if dist.is_main():
+        out.write_text(json.dumps(told))
+
+
+def check_update(updater: TopologyUpdater, before: dict[str, torch.Tensor]) -> None:
+    """Right after an update: zero off the mask everywhere, moments of links that changed 0, those of others kept."""
+    check_zeros(updater)
+    for name, layer in updater.sparse.layers.items():
+        part = updater.shards.fragment(layer.weight)
+        if part is not None:
+            assert part.moments
+            here = slice(part.start, part.stop)
+            stayed = (before[name] & layer.mask).view(-1)[here]
+            for moment in part.moments.values():
+                assert torch.equal(moment, stayed.to(moment.dtype)), name
+
+
+def check_zeros(updater: TopologyUpdater) -> None:
+    """Working copy, master and moments are exactly 0 off the mask, on this rank."""
+    for name, layer in updater.sparse.layers.items():
+        off = ~layer.mask.view(-1)
+        part = updater.shards.fragment(layer.weight)
+        if part is not None:
+            here = off[part.start : part.stop]
+            assert (part.master[here] == 0).all(), f"master of {name}"
+            for key, moment in part.moments.items():
+                assert (moment[here] == 0).all(), f"{key} of {name}"
+        working = layer.weight.detach().view(-1)
+        if working.numel() == off.numel():
+            assert (working[off] == 0).all(), f"working copy of {name}"
+            assert part is None or torch.equal(working[part.start : part.stop], part.master.to(working.dtype)), name
+        else:
+            cut = layer.weight.ds_tensor.data.view(-1)
+            assert part is None or torch.equal(cut[: part.master.numel()], part.master.to(cut.dtype)), name
+
+
+def train(out: Path, precision: str) -> None:
+    """Some steps of every preset with accumulation, clipping and weight decay; zeros checked after every step."""
+    engine = start(precision, micro=2)
+    told = {"engine": engine.name}
+    for preset in PRESETS:
+        _, forward, updater, optimizer = make(engine, preset)
+        losses, digests = [], []
+        for step in range(1, 13):
+            tokens = torch.randint(0, 67, (BATCH, 16), generator=torch.Generator().manual_seed(step))[engine.share]
+            updater.watch(step)
+            loss = 0.0
+            passes = engine.accumulation_steps
+            for number in range(passes):
+                rows = tokens[number * 2 : number * 2 + 2]
+                with engine.accumulate(forward, last=number == passes - 1):
+                    share = BATCH * 15 / passes / dist.world_size()
+                    with engine.autocast():
+                        part = forward(rows, labels=rows, num_items_in_batch=share).loss
+                    engine.backward(forward, part)
+                loss += part.item() / passes
+            engine.step(forward, optimizer)
+            losses.append(dist.total([loss])[0] / dist.world_size())
+            check_zeros(updater)
+            if updater.due(step):
+                updater.update(step)
+                check_zeros(updater)
+                digests.append(updater.digest())
+        told[preset] = {"losses": losses, "digests": digests}
+    if dist.is_main():
+        out.write_text(json.dumps(told))
+
+
+def disagree(out: Path, precision: str) -> None:
+    """One rank's mask has a flipped bit before an update."""
+    engine = start(precision)
+    model, _, updater, _ = make(engine, "set")
+    set_weights(model, updater, 1)
+    if dist.rank() == 1:
+        updater.masks["model.layers.1.mlp.up_proj"].view(-1)[7] ^= True
+    try:
+        updater.update(2)
+    except UserError as error:
+        (out.parent / f"{out.name}.{dist.rank()}").write_text(str(error))
+
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)
+    tasks = {"updates": updates_alone, "train": train, "disagree": disagree}
+    tasks[sys.argv[2]](Path(sys.argv[1]), os.environ.get("PRECISION", "fp32"))
+    sys.stdout.flush()
+    if dist.world_size() > 1:
+        torch.distributed.destroy_process_group()
