@@ -55,7 +55,7 @@ def train(settings: RunSettings, say: Callable[[str], None] = print) -> Outcome:
     built = build(settings, say)
     if checkpoint is not None:
         _check_data(checkpoint.state["data_fingerprint"], built.data.fingerprint, str(checkpoint.path))
-        restore(built.parts, checkpoint)
+        restore(built.parts, checkpoint, settings.seed)
         say(f"resumed from {checkpoint.path}")
     write_config(run, settings)
     # until here a signal ends the program as usual: nothing is half done
