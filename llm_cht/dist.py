@@ -61,7 +61,12 @@ def gather(value: Any, patient: bool = False) -> list[Any]:
     padded[: len(own)] = own
     all_padded = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(all_padded, padded, group=group)
-    return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(all_padded, sizes, strict=True)]
+    return [json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(all_padded, sizes, strict=True)]
+
+
+def from_main(value: Any, patient: bool = False) -> Any:
+    """The JSON value of rank 0; what the other ranks give is not looked at."""
+    return gather(value if is_main() else None, patient)[0]
 
 
 def total(numbers: Sequence[float]) -> list[float]:
@@ -93,23 +98,34 @@ def gather_counts(counts: Tensor) -> Tensor:
 def together(patient: bool = False) -> Iterator[None]:
     """A block without collectives that may fail on some ranks: all go on after it, or all raise.
 
+    A rank that fails for another reason than the user's (a defect) raises what it met and the others a ``UserError``:
+    nobody is left waiting.
+
     Raises:
-        UserError: what the block raised, or what it raised on other ranks.
+        UserError: what the block raised; if it did so on some ranks only, named with the first of them, the same
+            sentence on all.
     """
-    error: UserError | None = None
+    error: Exception | None = None
     try:
         yield
-    except UserError as raised:
+    except Exception as raised:
         error = raised
-    told = gather(None if error is None else str(error), patient)
+    told = gather(None if error is None else _sentence(error), patient)
+    if error is not None and not isinstance(error, UserError):
+        raise error
     if any(text is not None for text in told):
-        raise error or UserError(_first(told))
+        raise UserError(_first(told)) from error
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def _first(told: Sequence[str | None]) -> str:
     failed = {number: text for number, text in enumerate(told) if text is not None}
     number = min(failed)
-    return f"rank {number} of {len(told)}: {failed[number]}"
+    everywhere = len(failed) == len(told) and len(set(failed.values())) == 1  # no matter of one rank
+    return failed[number] if everywhere else f"rank {number} of {len(told)}: {failed[number]}"
 
 
 def send_parts(parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:

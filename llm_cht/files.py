@@ -36,24 +36,42 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def begin_folder(target: Path) -> Path:
+    """Make the hidden folder that ``finish_folder`` puts in the place of ``target``, and ``settle`` removes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    settle(target)
+    fresh = unfinished(target)
+    fresh.mkdir()
+    return fresh
+
+
+def unfinished(target: Path) -> Path:
+    """Where ``begin_folder`` makes its folder."""
+    return _hidden(target, "new")
+
+
+def finish_folder(target: Path) -> None:
+    """Put the folder of ``begin_folder``, whose files are on disk, in the place of ``target``; then ``settle``."""
+    fresh = unfinished(target)
+    sync(fresh)
+    if target.exists():
+        target.rename(_hidden(target, "old"))
+    fresh.rename(target)
+    sync(target.parent)
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Give a hidden folder to fill; if the block ends well it is forced to disk and takes the place of ``target``.
 
     If the block fails, the hidden folder is removed and ``target`` is as it was. One writer at a time.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    settle(target)
-    fresh = _hidden(target, "new")
-    fresh.mkdir()
     try:
+        fresh = begin_folder(target)
         yield fresh
-        for path in [*fresh.rglob("*"), fresh]:
+        for path in fresh.rglob("*"):
             sync(path)
-        if target.exists():
-            target.rename(_hidden(target, "old"))
-        fresh.rename(target)
-        sync(target.parent)
+        finish_folder(target)
     finally:
         settle(target)
 

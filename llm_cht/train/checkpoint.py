@@ -1,56 +1,84 @@
-"""Checkpoints: folders of tensors and JSON that are whole or not there.
+"""Checkpoints: folders of tensors and JSON that are whole or not there, written and read by any number of ranks.
 
-    root/step-00001000/model.safetensors ...   one file per name in ``tensors``
-    root/step-00001000/state.json              everything that is no tensor
-    root/step-00001000/manifest.json           size and SHA-256 of each file, step, format, and its own SHA-256
-    root/best.json                             {"folder": the checkpoint with the best validation loss}
+    root/step-00001000/model.safetensors ...             one file per group of tensors, of rank 0
+    root/step-00001000/model-rank-00001.safetensors ...  what other ranks hold of it
+    root/step-00001000/state.json                        everything that is no tensor
+    root/step-00001000/manifest.json                     size and SHA-256 of each file, step, format, number of ranks
+    root/best.json                                       {"folder": the checkpoint with the best validation loss}
 
-This module knows nothing of models. A folder is written under a hidden name, forced to disk and renamed
-(``sparse.folder.new_folder``), so a kill or a full disk at any moment costs at most the checkpoint that was being
-written; older ones are deleted after the new one is in place. A hash per file finds what a disk or a copy did later.
-Which one is the best is told by the manifests; ``best.json`` is derived from them for people and scripts.
+This module knows nothing of models. Rank 0 makes a folder under a hidden name, every rank writes its files into it,
+forces them to disk and hashes them; when all have, rank 0 adds the manifest and renames the folder
+(``files.finish_folder``). So a kill or a full disk on any rank at any moment costs at most the checkpoint that was
+being written; older ones are deleted after the new one is in place. A hash per file finds what a disk or a copy did
+later; the ranks share the hashing. Which one is the best is told by the manifests; ``best.json`` is derived from them
+for people and scripts.
 
 Rejected: ``torch.save`` (pickle: loading runs code, and a damaged file often loads), ``accelerate.save_state`` (not
 atomic, no integrity check), writing in the background (a second copy of everything in memory for a few seconds' gain).
 """
 
-import hashlib
 import json
 import os
-import random
+import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llm_cht import dist
 from llm_cht.errors import UserError
-from llm_cht.files import discard, disk_errors, new_folder, settle, sync, write_whole
+from llm_cht.files import begin_folder, discard, disk_errors, finish_folder, settle, sync, unfinished, write_whole
+from llm_cht.train.integrity import check_file, describe, read_manifest, write_manifest
+from llm_cht.train.pieces import Group, GroupReader, by_stem, file_name, write_group
+from llm_cht.train.shared import not_shared, see
 
-FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(new|old|trash)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back and found intact; the tensors are on the CPU."""
+    """A checkpoint found intact; its tensors are read when asked for, onto the CPU, by each rank for itself."""
 
     path: Path
-    step: int  # optimizer steps done
-    tensors: dict[str, dict[str, Tensor]]  # by the stem of their file
+    step: int
+    """optimizer steps done"""
+    world_size: int
+    """number of ranks that saved it"""
     state: dict[str, Any]
+    groups: Mapping[str, GroupReader]
+    """by the stem of their files"""
+
+    def names(self, stem: str) -> set[str]:
+        """Names of the tensors of a group."""
+        return self.groups[stem].names()
+
+    def shape(self, stem: str, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self.groups[stem].shape(name)
+
+    def read(self, stem: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements ``start`` to ``stop - 1`` of a flattened tensor, 1-D, whoever saved them; nothing else is read."""
+        return self.groups[stem].read(name, start, stop)
+
+    def tensor(self, stem: str, name: str) -> Tensor:
+        """A whole tensor in its shape."""
+        return self.groups[stem].tensor(name)
+
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        """All tensors of a group."""
+        return {name: self.tensor(stem, name) for name in sorted(self.names(stem))}
 
 
 class CheckpointStore:
     """The checkpoints of one run below ``root``: the last ``keep_last`` and, beyond those, the best.
 
-    One process at a time may use a store; any number may ``load``. Making a store does not touch the disk.
+    Every rank has a store on the same folder; ``save``, ``load`` and ``newest`` are collectives: all ranks call them,
+    and all get their result or all raise. One job at a time may save; any number may ``load``. Making a store does not
+    touch the disk.
     """
 
     def __init__(self, root: Path, keep_last: int) -> None:
@@ -59,56 +87,84 @@ class CheckpointStore:
         self.root = root
         self.keep_last = keep_last
 
-    def save(
-        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: bool = False
-    ) -> Path:
+    def save(self, step: int, tensors: Mapping[str, Group], state: Mapping[str, Any], best: bool = False) -> Path:
         """Write a checkpoint and return its folder, then delete those that are no longer kept.
 
-        ``state`` must be JSON (tuples come back as lists). A checkpoint of the same step is replaced, and stays the
-        best if it was. Steps after this one, left by a run that was resumed from an older checkpoint, are deleted: the
-        newest step must be the one saved last. Raises ``UserError`` if it cannot be written; every other checkpoint is
-        then as it was.
+        ``tensors``: what this rank holds, by group and name: whole tensors, or pieces that over all ranks make up
+        whole ones. ``state`` must be JSON (tuples come back as lists); that of rank 0 is written. A checkpoint of the
+        same step is replaced, and stays the best if it was. Steps after this one, left by a run that was resumed from
+        an older checkpoint, are deleted: the newest step must be the one saved last.
+
+        Raises:
+            UserError: it cannot be written, on whatever rank; every other checkpoint is then as it was.
         """
         target = self.root / f"step-{step:08d}"
-        needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-        earlier = self._folders()
-        kept = f"The last checkpoint, {earlier[-1].name}, is untouched." if earlier else "There is no earlier one."
-        with disk_errors(target, needed, kept):
-            self._sweep()
-            with new_folder(target) as folder:
-                for stem, group in tensors.items():
-                    save_file(_storable(group), folder / f"{stem}.safetensors")
-                (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-                _write_manifest(folder, step, best or self.best() == target)
-            self._discard_others(target)
-            self._point_to_best()
+        needed, kept = self._announce(tensors)
+        try:
+            with dist.together(), disk_errors(target, needed, kept):
+                if dist.is_main():
+                    self._sweep()
+                    begin_folder(target)
+            with dist.together(patient=True), disk_errors(target, needed, kept):
+                own = _write_own(unfinished(target), tensors)
+            written = dist.gather(own)
+            with dist.together(patient=True), disk_errors(target, needed, kept):
+                if dist.is_main():
+                    _complete(target, state, {"step": step, "best": best or self.best() == target}, written)
+                    self._discard_others(target)
+                    self._point_to_best()
+        finally:
+            if dist.is_main():
+                settle(target)
         return target
 
+    def _announce(self, tensors: Mapping[str, Group]) -> tuple[int, str]:
+        """Bytes that all ranks will write, and what the user will have if that fails."""
+        with dist.together():
+            earlier = self._folders() if dist.is_main() else []
+        kept = f"The last checkpoint, {earlier[-1].name}, is untouched." if earlier else "There is no earlier one."
+        own = sum(values.nbytes for group in tensors.values() for values in group.values())
+        told = dist.gather([own, kept])
+        return sum(size for size, _ in told), told[0][1]
+
     def load(self, path: Path) -> Checkpoint:
-        """Read a checkpoint; ``UserError`` naming the file if one is missing, damaged or of a newer format."""
-        manifest = _read_manifest(path)
-        for name, entry in manifest["files"].items():
-            _check_file(path, name, entry)
-        stems = [Path(name).stem for name in manifest["files"] if name.endswith(".safetensors")]
-        tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in stems}
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return Checkpoint(path, manifest["step"], tensors, state)
+        """Check a checkpoint and open it; the ranks share the check.
+
+        Raises:
+            UserError: naming the file that is missing, damaged or of a newer format.
+        """
+        with dist.together(patient=True):
+            manifest = read_manifest(path)
+            files = manifest["files"]
+            by_size = sorted(files, key=lambda name: (-files[name]["size"], name))
+            for name in {*by_size[dist.rank() :: dist.world_size()], "state.json"}:
+                check_file(path, name, files[name])
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        groups = {stem: GroupReader(path / name for name in names) for stem, names in by_stem(files).items()}
+        return Checkpoint(path, manifest["step"], manifest["world_size"], state, groups)
 
     def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """Read the checkpoint of the highest step that is intact; ``warn`` hears of each one skipped.
+        """Open the checkpoint of the highest step that is intact; ``warn``, on rank 0, hears of each one skipped.
 
-        None if there is none at all; ``UserError`` if there are some and all are damaged.
+        None if there is none at all.
+
+        Raises:
+            UserError: there are some and all are damaged.
         """
-        self._sweep()
-        folders = self._folders()
-        for folder in reversed(folders):
+        with dist.together():
+            if dist.is_main():
+                self._sweep()
+            names = [folder.name for folder in self._folders()] if dist.is_main() else []
+        names = dist.from_main(names)
+        for name in reversed(names):
             try:
-                return self.load(folder)
+                return self.load(self.root / name)
             except UserError as error:
-                warn(f"skipped a damaged checkpoint: {error}")
-        if folders:
+                if dist.is_main():
+                    warn(f"skipped a damaged checkpoint: {error}")
+        if names:
             raise UserError(
-                f"all {len(folders)} checkpoints in {self.root} are damaged: restore one from a copy, or start anew in "
+                f"all {len(names)} checkpoints in {self.root} are damaged: restore one from a copy, or start anew in "
                 "another run folder"
             )
         return None
@@ -117,7 +173,7 @@ class CheckpointStore:
         """Return the checkpoint last saved as the best one, if there is one."""
         for folder in reversed(self._folders()):
             try:
-                if _read_manifest(folder)["best"]:
+                if read_manifest(folder)["best"]:
                     return folder
             except UserError:  # damaged: said where it matters, in newest() and load()
                 continue
@@ -164,14 +220,17 @@ def resolve(resume: str | None, root: Path, warn: Callable[[str], None]) -> Chec
     """Find the checkpoint that a run should resume from; None for a fresh start.
 
     ``resume``: None, ``auto`` (the newest good one below ``root``, if any), the folder of one checkpoint, or a run
-    folder, whose newest good one is taken. Raises ``UserError`` if nothing is found there.
+    folder, whose newest good one is taken. Every rank calls it, and all get the same one.
+
+    Raises:
+        UserError: nothing is found there.
     """
     if resume is None:
         return None
     if resume == "auto":
         return CheckpointStore(root, keep_last=1).newest(warn)
     path = Path(resume)
-    if _NAME.fullmatch(path.name) or os.path.exists(path / "manifest.json"):
+    if dist.from_main(bool(_NAME.fullmatch(path.name)) or os.path.exists(path / "manifest.json")):
         return CheckpointStore(path.parent, keep_last=1).load(path)
     for folder in (path / "checkpoints", path):
         found = CheckpointStore(folder, keep_last=1).newest(warn)
@@ -184,96 +243,35 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy what safetensors refuses: tensors that are not contiguous, or lie in the storage of one before them."""
-    result, storages = {}, set()
-    for name, tensor in tensors.items():
-        stored = tensor.detach().cpu().contiguous()
-        if stored.untyped_storage().data_ptr() in storages:
-            stored = stored.clone()
-        storages.add(stored.untyped_storage().data_ptr())
-        result[name] = stored
-    return result
+def _write_own(folder: Path, tensors: Mapping[str, Group]) -> dict[str, dict[str, Any]]:
+    """Write the files of this rank into ``folder`` and describe them."""
+    files = {}
+    for stem, group in tensors.items():
+        if group or dist.is_main():  # a file of rank 0 tells that there is such a group
+            see(folder)
+            path = folder / file_name(stem, dist.rank())
+            write_group(path, group)
+            sync(path)
+            files[path.name] = describe(path)
+    return files
 
 
-# ---- integrity ----
-
-
-def _write_manifest(folder: Path, step: int, best: bool) -> None:
-    files = {path.name: {"size": path.stat().st_size, "sha256": _hash(path)} for path in sorted(folder.iterdir())}
-    manifest = {"format": FORMAT, "step": step, "best": best, "files": files}
-    text = json.dumps(manifest | {"sha256": _hash_manifest(manifest)}, indent=1) + "\n"
-    (folder / "manifest.json").write_text(text, encoding="utf-8")
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        stated = manifest.pop("sha256")
-    except FileNotFoundError as error:
-        raise _damaged(folder, "manifest.json", "is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, "manifest.json", f"cannot be read ({error})") from error
-    if stated != _hash_manifest(manifest):
-        raise _damaged(folder, "manifest.json", "does not have the content it was written with")
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{path} has format {manifest['format']}, this version reads {FORMAT}: update llm-cht")
-    return manifest
-
-
-def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
-    try:
-        size = (folder / name).stat().st_size
-        if size != entry["size"]:
-            raise _damaged(folder, name, f"has {size} bytes, not the {entry['size']} that were written")
-        if _hash(folder / name) != entry["sha256"]:
-            raise _damaged(folder, name, "does not have the content it was written with (SHA-256)")
-    except FileNotFoundError as error:
-        raise _damaged(folder, name, "is missing") from error
-    except OSError as error:
-        raise _damaged(folder, name, f"cannot be read ({error})") from error
-
-
-def _damaged(folder: Path, name: str, fault: str) -> UserError:
-    return UserError(
-        f"checkpoint {folder}: {name} {fault}. Resume from another checkpoint in {folder.parent}; --resume auto takes "
-        "the newest good one"
-    )
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash_manifest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-# ---- random state ----
-
-
-def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Take the state of every global generator (torch CPU and CUDA, numpy, Python) as tensors and JSON values."""
-    tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    name, key, position, has_gauss, gauss = np.random.get_state()
-    tensors["numpy"] = torch.from_numpy(np.asarray(key, dtype=np.int64))
-    version, words, gauss_next = random.getstate()
-    tensors["python"] = torch.tensor(words)
-    values = {"numpy": [name, position, has_gauss, gauss], "python": [version, gauss_next]}
-    return tensors, values
-
-
-def restore_random_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Undo ``random_state``; a CUDA device that was not there when it was taken keeps its own state."""
-    torch.set_rng_state(tensors["torch"])
-    for i in range(torch.cuda.device_count()):
-        if f"cuda.{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
-    name, position, has_gauss, gauss = values["numpy"]
-    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, gauss_next = values["python"]
-    random.setstate((version, tuple(tensors["python"].tolist()), gauss_next))
+def _complete(
+    target: Path, state: Mapping[str, Any], about: dict[str, Any], written: Sequence[dict[str, dict[str, Any]]]
+) -> None:
+    """On rank 0: see that all is there that the ranks have written, add what is no tensor, put it in its place."""
+    folder, files = unfinished(target), {}
+    for rank, own in enumerate(written):
+        for name, entry in own.items():
+            if not os.path.exists(folder / name):
+                raise not_shared(platform.node(), folder / name, f"rank {rank} has written")
+            files[name] = entry
+    for names in by_stem(files).values():
+        GroupReader(folder / name for name in names).check()
+    path = folder / "state.json"
+    path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    files[path.name] = describe(path)
+    write_manifest(folder, about | {"world_size": dist.world_size()}, files)
+    for name in (path.name, "manifest.json"):
+        sync(folder / name)
+    finish_folder(target)

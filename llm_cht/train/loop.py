@@ -64,7 +64,7 @@ def train(settings: RunSettings, say: Callable[[str], None] = print) -> Outcome:
     built = build(settings, engine, checkpoint is None, say)
     if checkpoint is not None:
         _check_data(checkpoint.state["data_fingerprint"], built.data.fingerprint, str(checkpoint.path))
-        restore(built.parts, checkpoint)
+        restore(built.parts, checkpoint, settings.seed)
         say(f"resumed from {checkpoint.path}")
     with dist.together():
         if dist.is_main():
