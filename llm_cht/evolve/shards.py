@@ -69,9 +69,9 @@ class Whole:
         """Set the parameter to what ``read`` gives."""
         parameter.view(-1).copy_(read(0, parameter.numel()))
 
-    def steps(self) -> dict[str, float]:
-        """The optimizer's step counter, 0 before the first step."""
-        return _steps(self.optimizer)
+    def step(self) -> float | None:
+        """The optimizer's step counter; None before the first step."""
+        return _step(self.optimizer)
 
     def make_moments(self, parameters: Iterable[Tensor], keys: Iterable[str], step: float) -> None:
         """Give every parameter zero moments ``keys`` and the counter ``step``, as a loaded optimizer has them."""
@@ -112,9 +112,9 @@ class Zero12:
         if part := self.fragment(parameter):
             part.master.copy_(read(part.start, part.stop))
 
-    def steps(self) -> dict[str, float]:
-        """As ``Whole.steps``."""
-        return _steps(self.optimizer)
+    def step(self) -> float | None:
+        """As ``Whole.step``."""
+        return _step(self.optimizer)
 
     def make_moments(self, parameters: Iterable[Tensor], keys: Iterable[str], step: float) -> None:
         """As ``Whole.make_moments``."""
@@ -163,9 +163,9 @@ class Zero3:
         if _is_whole(parameter):
             parameter.data.view(-1).copy_(read(0, parameter.ds_numel))
 
-    def steps(self) -> dict[str, float]:
-        """As ``Whole.steps``."""
-        return _steps(self.optimizer)
+    def step(self) -> float | None:
+        """As ``Whole.step``."""
+        return _step(self.optimizer)
 
     def make_moments(self, parameters: Iterable[Tensor], keys: Iterable[str], step: float) -> None:
         """As ``Whole.make_moments``."""
@@ -211,9 +211,9 @@ def _is_whole(parameter: Any) -> bool:
     return parameter.ds_status.name == "AVAILABLE"
 
 
-def _steps(optimizer: Optimizer) -> dict[str, float]:
+def _step(optimizer: Optimizer) -> float | None:
     counters: Iterable[Mapping[str, Any]] = optimizer.state.values()
-    return {"step": max((float(state["step"]) for state in counters if "step" in state), default=0.0)}
+    return max((float(state["step"]) for state in counters if "step" in state), default=None)
 
 
 def _make_moments(optimizer: Optimizer, tensors: Iterable[Tensor], keys: Iterable[str], step: float) -> None:

@@ -345,9 +345,10 @@ class Loop:
     def _export(self) -> None:
         """The model folder, from the checkpoint that was just saved: there the weights are whole under every engine."""
         built, dtype = self.built, getattr(torch, self.settings.checkpoint.export_dtype)
-        with self.signals.hold(), dist.together(patient=True):
-            if dist.is_main():
-                assert self._saved is not None
-                weights = whole_weights(self.store.load(self._saved))
-                topology = self._topology()
-                save_model_folder(self.run / "model", built.model, weights, built.data.tokenizer, topology, dtype)
+        assert self._saved is not None
+        with self.signals.hold():
+            checkpoint = self.store.load(self._saved)
+            with dist.together(patient=True):
+                if dist.is_main():
+                    weights, topology = whole_weights(checkpoint), self._topology()
+                    save_model_folder(self.run / "model", built.model, weights, built.data.tokenizer, topology, dtype)

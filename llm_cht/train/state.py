@@ -1,23 +1,27 @@
 """Everything that a run is, to and from tensors and plain values; ``checkpoint.py`` writes those.
 
 Optimizer moments are stored by parameter name, so that a file can be read without the program that wrote it, and by
-another number of ranks. Each rank gives what only it has (its random state); what all have alike, rank 0 gives.
+another number of ranks, under another engine. Each rank gives what only it has (its pieces of weights and moments under
+ZeRO, history of the layers it owns, its random state); what all have alike, rank 0 gives. The weights are the fp32
+masters, wherever they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from llm_cht import dist
 from llm_cht.errors import UserError
+from llm_cht.evolve.shards import Shards
 from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.train.checkpoint import Checkpoint
-from llm_cht.train.pieces import Group
+from llm_cht.train.pieces import Group, Piece
 from llm_cht.train.random_state import random_state, restore_random_state
 
 
@@ -44,7 +48,7 @@ class Parts:
     """The live objects of a run that have state."""
 
     model: nn.Module
-    optimizer: Optimizer
+    shards: Shards
     updater: TopologyUpdater | None
     """None for a dense run"""
     data: Any
@@ -55,11 +59,11 @@ class Parts:
 def collect(parts: Parts) -> tuple[dict[str, Group], dict[str, Any]]:
     """Tensors of this rank by group, and plain values: all that ``restore`` needs."""
     topology, topology_values = parts.updater.state_dict() if parts.updater else ({}, None)
-    main = dist.is_main()
+    model, optimizer = _weights_and_moments(parts)
     tensors: dict[str, Group] = {
-        "model": dict(parts.model.state_dict()) if main else {},
-        "optimizer": _moments(parts.model, parts.optimizer) if main else {},
-        "topology": topology if main else {},
+        "model": model,
+        "optimizer": optimizer,
+        "topology": topology,
         "random": random_state(),
     }
     values = {
@@ -76,49 +80,94 @@ def restore(parts: Parts, checkpoint: Checkpoint, seed: int) -> None:
     Raises:
         UserError: the checkpoint is of another model.
     """
-    _load_weights(parts.model, checkpoint)
-    _load_moments(parts.model, parts.optimizer, checkpoint)
+    _check_shapes(parts.model, checkpoint)
+    _load_weights(parts, checkpoint)
+    _load_moments(parts, checkpoint)
     if parts.updater:
-        parts.updater.load_state_dict(checkpoint.tensors("topology"), checkpoint.state["topology"])
+        parts.updater.load_state_dict(_Lazy(checkpoint, "topology"), checkpoint.state["topology"])
     parts.data.load_state_dict(checkpoint.state["data"])
     for key, value in checkpoint.state["progress"].items():
         setattr(parts.progress, key, value)
     restore_random_state(checkpoint, seed)
 
 
-@torch.no_grad()
-def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    own, saved = model.state_dict(), {name: checkpoint.shape("model", name) for name in checkpoint.names("model")}
-    odd = sorted(own.keys() ^ saved.keys()) or [name for name in own if tuple(own[name].shape) != saved[name]]
+def whole_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights of a checkpoint by name, in fp32 as the optimizer had them, on the CPU."""
+    return {name: checkpoint.tensor("model", name) for name in sorted(checkpoint.names("model"))}
+
+
+def _weights_and_moments(parts: Parts) -> tuple[Group, Group]:
+    weights: dict[str, Tensor | Piece] = {}
+    moments: dict[str, Tensor | Piece] = {}
+    step = parts.shards.step()
+    for name, tensor in parts.model.state_dict(keep_vars=True).items():
+        if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad):
+            if dist.is_main():
+                weights[name] = tensor.detach()
+            continue
+        part = parts.shards.fragment(tensor) if parts.shards.sharded or dist.is_main() else None
+        if part is not None:
+            weights[name] = _piece(part.master, part.start, _shape(tensor))
+            for key, moment in part.moments.items():
+                moments[f"{name}.{key}"] = _piece(moment, part.start, _shape(tensor))
+        if dist.is_main() and step is not None:
+            moments[f"{name}.step"] = torch.tensor(step)
+    return weights, moments
+
+
+def _piece(values: Tensor, start: int, shape: tuple[int, ...]) -> Tensor | Piece:
+    return values.view(shape) if values.numel() == torch.Size(shape).numel() else Piece(values, start, shape)
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO 3 a parameter's own shape is (0,)
+
+
+def _check_shapes(model: nn.Module, checkpoint: Checkpoint) -> None:
+    own = {name: _shape(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    saved = {name: checkpoint.shape("model", name) for name in checkpoint.names("model")}
+    odd = sorted(own.keys() ^ saved.keys()) or [name for name in own if own[name] != saved[name]]
     if odd:
         raise UserError(
             f"{checkpoint.path} is of another model: `{odd[0]}` differs; "
             "resume with the config that the run started with (RUN/config.yaml)"
         )
-    for name, tensor in own.items():
-        tensor.copy_(checkpoint.tensor("model", name))  # one at a time: no second model in memory
 
 
-def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+@torch.no_grad()
+def _load_weights(parts: Parts, checkpoint: Checkpoint) -> None:
+    for name, tensor in parts.model.state_dict(keep_vars=True).items():  # one at a time: no second model in memory
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+            parts.shards.load(tensor, partial(checkpoint.read, "model", name))
+        else:
+            tensor.copy_(checkpoint.tensor("model", name))
 
 
-def _load_moments(model: nn.Module, optimizer: Optimizer, checkpoint: Checkpoint) -> None:
-    """Through the optimizer's own ``load_state_dict``, which puts every tensor on its device."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for key in checkpoint.names("optimizer"):
-        name, _, moment = key.rpartition(".")
-        by_parameter.setdefault(name, {})[moment] = checkpoint.tensor("optimizer", key)
-    packed = optimizer.state_dict()
-    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    packed["state"] = {i: by_parameter[names[p]] for i, p in enumerate(ordered) if names[p] in by_parameter}
-    optimizer.load_state_dict(packed)
+def _load_moments(parts: Parts, checkpoint: Checkpoint) -> None:
+    saved = checkpoint.names("optimizer")
+    if not saved:  # saved before the first step
+        return
+    keys = {key.rpartition(".")[2] for key in saved}
+    step = max(float(checkpoint.tensor("optimizer", key)) for key in saved if key.endswith(".step"))
+    trained = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
+    parts.shards.make_moments(trained.values(), keys - {"step"}, step)
+    for name, parameter in trained.items():
+        part = parts.shards.fragment(parameter)
+        for key, moment in part.moments.items() if part is not None else ():
+            moment.copy_(checkpoint.read("optimizer", f"{name}.{key}", part.start, part.stop))
 
 
-def as_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a name like ``float32``."""
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype), name
-    return dtype
+class _Lazy(Mapping[str, Tensor]):
+    """A group of a checkpoint; a tensor is read when it is asked for, since a rank needs only those of its layers."""
+
+    def __init__(self, checkpoint: Checkpoint, stem: str) -> None:
+        self._checkpoint, self._stem = checkpoint, stem
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint.tensor(self._stem, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._checkpoint.names(self._stem)))
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.names(self._stem))
