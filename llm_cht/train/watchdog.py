@@ -19,6 +19,7 @@ A stopped rank is left to the launcher, or ends itself when it runs on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -248,7 +249,7 @@ class Watchdog:
         for seen in (self._seen[rank] for rank in group.named):
             silent = ", without an answer" if now - seen.heard > self.silent_s else ""
             told.append(f"{seen.name}: in {seen.place} for {seen.idle(now):.0f} s{silent}")
-        self.say(f"warning: waiting {own.idle(now):.0f} s for {_listed(told, '; ')}")
+        self._tell(f"warning: waiting {own.idle(now):.0f} s for {_listed(told, '; ')}")
 
     def _end(self, blamed: Sequence[int]) -> NoReturn:
         """Leave the process; the first rank that is not to blame says why, for all."""
@@ -264,11 +265,15 @@ class Watchdog:
             guard = threading.Timer(5, os._exit, (_CODE,))  # the training thread may hold what a print needs
             guard.daemon = True
             guard.start()
+            self._tell(text)
+            self._peers.send({"over": True})  # last: a launcher kills the rest as soon as one is gone
+        os._exit(_CODE)
+
+    def _tell(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the watch goes on
             self.say(text)
             sys.stdout.flush()
             sys.stderr.flush()
-            self._peers.send({"over": True})  # last: a launcher kills the rest as soon as one is gone
-        os._exit(_CODE)
 
     def _message(self, blamed: Sequence[int]) -> str:
         now, own = time.monotonic(), self._seen[self._me]

@@ -90,7 +90,7 @@ def test_killed_rank_0_is_named_by_ranks_that_hang_in_c():
     assert [errs[0], errs[2]] == ["", ""]
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("culprit", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_stopped_rank_is_named_at_the_time_out_and_ends_when_it_runs_on(culprit):
     others = [rank for rank in range(3) if rank != culprit]
     with ranks("stop", culprit, 6) as all_ranks:
@@ -108,7 +108,7 @@ def test_stopped_rank_is_named_at_the_time_out_and_ends_when_it_runs_on(culprit)
 
 
 def test_rank_that_stops_for_a_while_is_warned_of_once():
-    with ranks("stop", 2, 12) as all_ranks:
+    with ranks("stop", 2, 9) as all_ranks:
         fault_time(all_ranks[2])
         time.sleep(5)
         all_ranks[2].send_signal(signal.SIGCONT)
@@ -144,9 +144,7 @@ def test_error_of_one_rank_keeps_its_traceback_and_ends_the_others():
 
 def test_mistake_of_all_ranks_is_theirs_to_tell():
     with ranks("mistake", 0, 60) as all_ranks:
-        codes, _, errs = ends(all_ranks)
-    assert codes == [1, 1, 1]
-    assert errs == ["refused: the same on all ranks\n"] * 3
+        assert ends(all_ranks) == ([1] * 3, [""] * 3, ["refused: the same on all ranks\n"] * 3)
 
 
 def test_torchrun_does_not_hide_the_message():

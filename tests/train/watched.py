@@ -63,3 +63,5 @@ if __name__ == "__main__":
         run(sys.argv[1], int(sys.argv[2]), limit)
     except UserError as error:
         sys.exit(f"refused: {error}")
+    finally:
+        torch.distributed.destroy_process_group()
