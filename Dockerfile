@@ -24,6 +24,6 @@ COPY llm_cht llm_cht
 COPY configs configs
 COPY launch launch
 COPY eval eval
-RUN pip install --no-cache-dir --constraint constraints.txt ".[sentencepiece]"
+RUN pip install --no-cache-dir --constraint constraints.txt ".[sentencepiece,deepspeed]"
 
 CMD ["llm-cht", "--help"]

@@ -31,7 +31,7 @@ from llm_cht.topology.link import ch2_l3n
 from llm_cht.topology.method import Inputs, Method, MethodSettings, Moment, resolve, update_group
 from llm_cht.topology.percolate import Group, Mlp, QueryKey, ValueOutput
 from llm_cht.topology.select import choose, choose_missing, top_k
-from llm_cht.train.engine import Engine, Precision, start_engine
+from llm_cht.train.engine import Engine, EngineSettings, Precision, start_engine
 from llm_cht.train.optim import OptimizerSettings, build_optimizer
 
 Variants = Mapping[str, Callable[[], object]]
@@ -96,7 +96,7 @@ def update_table(repetitions: int) -> None:
     print("\n| what | variant | ms | ratio |\n| --- | --- | --- | --- |")
     for shape in [(512, 1376), (2048, 2048)]:
         mask = torch.rand(shape) < DENSITY
-        variants: Variants = {"four bare products": bare_products(shape), "ch2_l3n": partial(ch2_l3n, mask, 256)}
+        variants: Variants = {"four bare products": bare_products(shape), "ch2_l3n": partial(ch2_l3n, mask, None, 256)}
         compare(f"score of {shape[0]} x {shape[1]}", variants, repetitions)
 
     method = resolve(MethodSettings(preset="chts", sparsity=1 - DENSITY), total_steps=10_000)
@@ -154,7 +154,7 @@ def step_table(repetitions: int) -> None:
     print("\n| what | variant | ms | ratio |\n| --- | --- | --- | --- |")
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     for precision in precisions:
-        engine = start_engine("cpu", precision, 1)
+        engine = start_engine(EngineSettings("cpu", precision, 8, None, 1.0, 600.0, False))
         steps = {}
         for name in ("dense", "masked"):
             model = build_model(ModelSettings(), seed=0).train()

@@ -6,13 +6,17 @@ The commands import what they need when they are called, so that ``--help`` does
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from llm_cht.errors import UserError
+
+_PATIENCE_S = 2.0
 
 _HELP = """\
 usage: llm-cht COMMAND ...
@@ -35,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"unknown command `{command}`; known: {', '.join(_COMMANDS)}")
         _COMMANDS[command](rest)
     except UserError as error:
-        print(f"llm-cht: error: {error}", file=sys.stderr)
+        _print_once(error)
         return 2
     except KeyboardInterrupt:
         print("llm-cht: interrupted", file=sys.stderr)
@@ -43,14 +47,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _print_once(error: UserError) -> None:
+    """An error that all ranks of a launcher have is printed by the first."""
+    if os.environ.get("RANK", "0") != "0":
+        if error.everywhere:
+            return
+        time.sleep(_PATIENCE_S)  # most likely the first has it too, and its end ends this one
+    print(f"llm-cht: error: {error}", file=sys.stderr, flush=True)
+
+
 def _train(arguments: Sequence[str]) -> None:
     from llm_cht.config import parse
     from llm_cht.report.page import write_report
     from llm_cht.train.config import RunSettings
-    from llm_cht.train.loop import train
+    from llm_cht.train.run import train
 
     outcome = train(parse(RunSettings, "llm-cht train", arguments), say=_say)
-    if outcome.stopped_by:
+    if outcome.stopped_by or os.environ.get("RANK", "0") != "0":
         return
     end, run = outcome.summary, outcome.run
     report = write_report(run)

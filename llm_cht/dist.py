@@ -114,7 +114,21 @@ def together(patient: bool = False) -> Iterator[None]:
     if error is not None and not isinstance(error, UserError):
         raise error
     if any(text is not None for text in told):
-        raise UserError(_first(told)) from error
+        raise agreed(_first(told)) from error
+
+
+def agreed(message: str) -> UserError:
+    """An error that all ranks raise."""
+    error = UserError(message)
+    error.everywhere = True
+    return error
+
+
+def close() -> None:
+    """Leave the process group, at the end of a run; a process that has none does nothing."""
+    if world_size() > 1:
+        _groups.clear()
+        dist.destroy_process_group()
 
 
 def _sentence(error: Exception) -> str:

@@ -8,3 +8,6 @@ error classes was left out: nobody handles one mistake differently from another.
 
 class UserError(ValueError):
     """A setting, file or call that cannot work; the message names the value, the place and the remedy."""
+
+    everywhere: bool = False
+    """whether all ranks raise the same error at the same place: then one of them prints it"""

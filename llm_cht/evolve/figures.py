@@ -2,48 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from llm_cht.topology.measure import elm_overlap, itop
-from llm_cht.topology.method import Moment
-
-if TYPE_CHECKING:
-    from llm_cht.evolve.updater import TopologyUpdater
 
 COUNTS = ("pruned", "removed", "percolated", "regrown", "returned", "grown", "links", "explored")
 """Columns of the counts of a layer; ``regrown`` includes those that ``returned``, ``grown`` does not."""
 
 
-def figures(updater: TopologyUpdater, moment: Moment, counts: Tensor) -> dict[str, Any]:
-    """What the metrics record of an update; ``counts`` is int64 (layers, ``COUNTS``). A collective."""
-    active, neurons = updater.active()  # 0 neurons where no layers belong together
-    names = list(updater.sparse.layers)
-    by_kind = {
-        kind: dict(zip(names, column, strict=True)) for kind, column in zip(COUNTS, counts.T.tolist(), strict=True)
-    }
-    positions = {name: layer.mask.numel() for name, layer in updater.sparse.layers.items()}
+def figures(positions: Mapping[str, int], counts: Tensor, neurons: tuple[int, int]) -> dict[str, Any]:
+    """What the metrics record of an update.
+
+    Args:
+        positions: of each layer, existing or missing.
+        counts: int64 (layers, ``COUNTS``).
+        neurons: active ones and all; 0 where no layers belong together.
+    """
+    columns = zip(COUNTS, counts.T.tolist(), strict=True)
+    by_kind = {kind: dict(zip(positions, column, strict=True)) for kind, column in columns}
     explored = itop(by_kind["explored"], positions)
     overlap = elm_overlap(by_kind["returned"], by_kind["regrown"])
-    layers = {
-        name: {
-            "sparsity": 1 - by_kind["links"][name] / positions[name],
-            "itop": explored.layers[name],
-            "overlap": overlap.layers[name],
-        }
-        for name in names
-    }
-    totals = {kind: sum(by_kind[kind].values()) for kind in ("pruned", "removed", "percolated", "regrown")}
+    active, total = neurons
     return {
-        "update": moment.update,
-        "zeta": updater.method.zeta(moment.step),
-        "temperature": updater.method.temperature(moment.step),
         "density": sum(by_kind["links"].values()) / sum(positions.values()),
-        **totals,
+        **{kind: sum(by_kind[kind].values()) for kind in ("pruned", "removed", "percolated", "regrown")},
         "overlap": overlap.overall,
-        "anp": active / neurons if neurons else None,
+        "anp": active / total if total else None,
         "itop": explored.overall,
         "itop_mean": explored.mean,
-        "layers": layers,
+        "layers": {
+            name: {
+                "sparsity": 1 - by_kind["links"][name] / positions[name],
+                "itop": explored.layers[name],
+                "overlap": overlap.layers[name],
+            }
+            for name in positions
+        },
     }

@@ -81,8 +81,8 @@ class _Change:
 class TopologyUpdater:
     """Evolves the sparse layers of a model whose first topology is drawn (``draw_start``) or loaded.
 
-    Call ``watch(step)`` before the optimizer step ``step`` and ``update(step)`` after it wherever ``due(step)``; on many
-    ranks all of them do. ``shards`` says what this rank holds of weights and moments.
+    Call ``watch(step)`` before the optimizer step ``step`` and ``update(step)`` after it wherever ``due(step)``; on
+    many ranks all of them do. ``shards`` says what this rank holds of weights and moments.
     """
 
     def __init__(self, sparse: SparseModel, method: Method, shards: Shards, seed: int) -> None:
@@ -162,7 +162,10 @@ class TopologyUpdater:
         self._agree(step)
         clock.lap("exchange")
         self.last_update = step
-        return figures(self, moment, counts) | clock.figures(weights.bytes_received, received, self.balance)
+        positions = {name: layer.mask.numel() for name, layer in self.sparse.layers.items()}
+        when = {"update": moment.update, "zeta": self.method.zeta(step), "temperature": self.method.temperature(step)}
+        told = when | figures(positions, counts, self.active())
+        return told | clock.figures(weights.bytes_received, received, self.balance)
 
     def _gather_gradients(self) -> dict[str, Tensor]:
         """The captured gradients of the owned layers, averaged over the ranks."""
@@ -240,7 +243,7 @@ class TopologyUpdater:
             column = everybody[:, row]
             odd = [rank for rank, value in enumerate(column.tolist()) if value != int(column.mode().values)]
             if odd:
-                raise UserError(
+                raise dist.agreed(
                     f"after the topology update of step {step} the mask of `{name}` on rank(s) {odd} differs from the "
                     "other ranks'. The masks no longer agree: memory or network of a node is faulty; resume from the "
                     "last checkpoint without it"

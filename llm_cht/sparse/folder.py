@@ -136,9 +136,9 @@ def save_model_folder(
     """Write a folder that stock ``transformers`` loads: config, generation config, weights, tokenizer, topology.
 
     ``state`` holds the whole weights by name: ``model.state_dict()``, or what a checkpoint of many ranks has; of
-    ``model`` only class and configs are used. The masks of ``topology`` are empty for a dense model. Converted copies of
-    the weights go into a stock model of the same class, which also proves that they fit it. A folder that is already there is
-    replaced if it holds a model of ours. Raises ``UserError`` if it holds anything else, or cannot be written.
+    ``model`` only class and configs are used. The masks of ``topology`` are empty for a dense model. Converted copies
+    of the weights go into a stock model of the same class, which also proves that they fit it. A folder that is already
+    there is replaced if it holds a model of ours. Raises ``UserError`` if it holds anything else, or cannot be written.
     """
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not empty and not (folder / "topology.json").exists():

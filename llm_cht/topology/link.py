@@ -81,7 +81,7 @@ NEEDS_GRADIENT = frozenset({"gradient"})
 
 
 def cost(predictor: str, shape: tuple[int, int]) -> float:
-    """Work of an update that regrows by ``predictor`` in a layer of ``shape``, in FLOP; selection counts 100 a position.
+    """Work of an update that regrows by ``predictor`` in a layer of ``shape``, in FLOP; choosing counts 100 a position.
 
     Node rules: the four products, 4 m n (m + n).
     """

@@ -44,7 +44,7 @@ class Built:
     updater: TopologyUpdater | None
     """None for the preset `dense`, which trains the unmodified model"""
     parts: Parts
-    flops_per_token: float
+    flops_per_token: int
     start_record: dict[str, Any]
     """what stands in the metrics before the first step"""
 

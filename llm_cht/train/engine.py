@@ -1,9 +1,9 @@
 """Start of accelerate and of DeepSpeed, the device and precision of forward passes, and one optimizer step.
 
 The launcher decides how many ranks there are and whether DeepSpeed cuts the optimizer between them (ZeRO); all that it
-decides is checked here, because much of it fails silently: ranks that each believe to be alone, gradients that are never
-summed, options that break the map of where a weight's master is. The run's own settings decide precision, batch sizes
-and clipping, and are written over what a DeepSpeed config says.
+decides is checked here, because much of it fails silently: ranks that each believe to be alone, gradients that are
+never summed, options that break the map of where a weight's master is. The run's own settings decide precision, batch
+sizes and clipping, and are written over what a DeepSpeed config says.
 
 accelerate is asked for no mixed precision of its own: its wrapper would copy the logits to fp32 a second time. Without
 DeepSpeed the forward pass runs under ``torch.autocast`` over fp32 parameters, which then are the master weights; under
@@ -14,6 +14,7 @@ takes the optimizer step by itself, and a loss that is not finite could no longe
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import os
 from collections.abc import Iterator
@@ -210,11 +211,8 @@ def _check_launcher() -> None:
         )
     if _asked("ACCELERATE_USE_MEGATRON_LM") or _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise UserError("the launcher asks for model parallelism; use DDP or DeepSpeed's ZeRO (launch/accelerate/)")
-    if _asked("ACCELERATE_USE_DEEPSPEED"):
-        try:
-            import deepspeed  # noqa: F401
-        except ImportError as error:
-            raise UserError(f"DeepSpeed cannot be used: {error}; pip install 'llm-cht[deepspeed]'") from error
+    if _asked("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError("the launcher asks for DeepSpeed, which is not installed: pip install 'llm-cht[deepspeed]'")
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", "auto"):
         raise UserError(
@@ -249,8 +247,8 @@ def _check_batch(settings: EngineSettings) -> None:
     share = settings.batch_size // world
     if settings.micro_batch_size is not None and share % settings.micro_batch_size:
         raise UserError(
-            f"`train.micro_batch_size` = {settings.micro_batch_size} does not divide the {share} sequences that each of "
-            f"{world} ranks has of `train.batch_size` = {settings.batch_size}; change one of them"
+            f"`train.micro_batch_size` = {settings.micro_batch_size} does not divide the {share} sequences that "
+            f"each of {world} ranks has of `train.batch_size` = {settings.batch_size}; change one of them"
         )
 
 

@@ -14,7 +14,6 @@ from importlib import metadata
 from typing import Any
 
 from llm_cht import __version__, dist
-from llm_cht.errors import UserError
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "deepspeed")
 
@@ -44,7 +43,7 @@ def check_same(settings: dict[str, Any]) -> None:
     for rank, (host, theirs) in enumerate(everybody):
         for key in {**first, **theirs}:
             if theirs.get(key) != first.get(key):
-                raise UserError(
+                raise dist.agreed(
                     f"{key} is {theirs.get(key)!r} on rank {rank} ({host}) and {first.get(key)!r} on rank 0; start all "
                     "ranks with one config and one environment"
                 )

@@ -10,14 +10,14 @@ itself whether to go on: a signal on one, a loss that is not finite on one, a fu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from tqdm import tqdm
 
 from llm_cht import config, dist
@@ -26,16 +26,13 @@ from llm_cht.errors import UserError
 from llm_cht.files import disk_errors
 from llm_cht.sparse.folder import Topology, save_model_folder, write_topology
 from llm_cht.train import lr
-from llm_cht.train.build import Built, build
-from llm_cht.train.checkpoint import Checkpoint, CheckpointStore
-from llm_cht.train.config import RunSettings, check, resolved
-from llm_cht.train.engine import EngineSettings, start_engine
-from llm_cht.train.environment import check_same
+from llm_cht.train.build import Built
+from llm_cht.train.checkpoint import CheckpointStore
 from llm_cht.train.metrics import Meter, MetricsLog, peak_tflops
-from llm_cht.train.rundir import find_run, write_config
 from llm_cht.train.signals import StopSignals
-from llm_cht.train.state import collect, restore, whole_weights
+from llm_cht.train.state import collect, whole_weights
 from llm_cht.train.validate import Validation, count_targets, validate
+from llm_cht.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -49,85 +46,25 @@ class Outcome:
     """empty when stopped early"""
 
 
-def train(settings: RunSettings, say: Callable[[str], None] = print) -> Outcome:
-    """Train as ``settings`` ask, into ``settings.run``.
-
-    Raises:
-        UserError: a mistake in the settings, files or environment; a loss that is not finite.
-    """
-    check(settings)
-    settings = resolved(settings)
-    engine = start_engine(_engine_settings(settings))
-    say = say if dist.is_main() else _silent
-    check_same(config.flat(yaml.safe_load(config.dump(settings))))
-    run, checkpoint = find_run(settings, say)
-    built = build(settings, engine, checkpoint is None, say)
-    if checkpoint is not None:
-        _check_data(checkpoint.state["data_fingerprint"], built.data.fingerprint, str(checkpoint.path))
-        restore(built.parts, checkpoint, settings.seed)
-        say(f"resumed from {checkpoint.path}")
-    with dist.together():
-        if dist.is_main():
-            write_config(run, settings)
-    # until here a signal ends the program as usual: nothing is half done
-    with StopSignals() as signals, _opened_log(run, settings, checkpoint) as log:
-        loop = Loop(built, run, log, signals, say)
-        if checkpoint is None:
-            loop.begin()
-        return loop.run_to_end()
-
-
-def _engine_settings(settings: RunSettings) -> EngineSettings:
-    train = settings.train
-    return EngineSettings(
-        train.device,
-        train.precision,
-        train.batch_size,
-        train.micro_batch_size,
-        train.clip_norm,
-        train.timeout_s,
-        train.on_nonfinite == "skip",
-    )
-
-
-@contextmanager
-def _opened_log(run: Path, settings: RunSettings, checkpoint: Checkpoint | None) -> Iterator[MetricsLog | None]:
-    """The log of the main rank, cut back to where the run goes on; None on the others."""
-    log = None
-    with dist.together():
-        if dist.is_main():
-            log = MetricsLog(run, settings.metrics, config=yaml.safe_load(config.dump(settings)))
-            if checkpoint is None:
-                log.truncate_after(-1)
-            else:
-                complete = checkpoint.step == settings.train.steps  # then only its ending is done again
-                log.truncate_after(checkpoint.step, again=("end", "validation") if complete else ("end",))
-    try:
-        yield log
-    finally:
-        if log is not None:
-            log.close()
-
-
-def _silent(text: str) -> None:
-    """What the ranks besides the main one say."""
-
-
-def _check_data(saved: str, now: str, place: str) -> None:
-    if saved != now:
-        raise UserError(
-            f"the data differ from those of {place} (fingerprint {now[:12]} now, {saved[:12]} then): a file, the "
-            "tokenizer or the standard library changed; restore them, or start another run with `--run`"
-        )
+def resume_command(run: Path) -> str:
+    """What a user types to go on."""
+    program = "accelerate launch YOUR-OPTIONS launch/train.py" if dist.world_size() > 1 else "llm-cht train"
+    return f"{program} {run / 'config.yaml'} --resume auto"
 
 
 class Loop:
     """The loop over the parts of one run."""
 
     def __init__(
-        self, built: Built, run: Path, log: MetricsLog | None, signals: StopSignals, say: Callable[[str], None]
+        self,
+        built: Built,
+        run: Path,
+        log: MetricsLog | None,
+        signals: StopSignals,
+        watchdog: Watchdog,
+        say: Callable[[str], None],
     ) -> None:
-        self.built, self.run, self.log, self.signals, self.say = built, run, log, signals, say
+        self.built, self.run, self.log, self.signals, self.watchdog, self.say = built, run, log, signals, watchdog, say
         self.settings = built.settings
         self.progress = built.parts.progress
         self.store = CheckpointStore(run / "checkpoints", self.settings.checkpoint.keep_last)
@@ -148,7 +85,7 @@ class Loop:
         self._record("start", self.built.start_record)
 
     def _record(self, kind: str, values: Mapping[str, Any]) -> None:
-        """A line of the metrics, from the main rank; a failure to write it stops the others at their next collective."""
+        """A line of the metrics, from the main rank; if it cannot be written the others see the main rank leave."""
         if self.log is not None:
             self.log.log(kind, self.progress.step, self.progress.tokens, values)
 
@@ -170,6 +107,7 @@ class Loop:
                     updater.watch(progress.step + 1)
                 figures = self._step()
                 if updater and updater.due(progress.step):
+                    self.watchdog.enter(progress.step, "topology update")
                     self._record("topology", updater.update(progress.step))
                     self.density = updater.density()
                 if self._is_written(progress.step):
@@ -180,7 +118,7 @@ class Loop:
         if stop or self._stop_requested():
             path = self._saved if self._saved_step == progress.step else self.save()
             reason = next(signal for signal in dist.gather(self.signals.requested) if signal)
-            self.say(f"{reason}: saved {path}\nresume with: {self.resume_command}")
+            self.say(f"{reason}: saved {path}\nresume with: {resume_command(self.run)}")
             return Outcome(self.run, reason, {})
         return Outcome(self.run, None, self._finish())
 
@@ -189,19 +127,12 @@ class Loop:
         rewarmed = self.built.updater is not None and self.built.updater.last_update == step - 1
         return step % self.settings.metrics.every == 0 or rewarmed or step in (1, self.settings.train.steps)
 
-    @property
-    def resume_command(self) -> str:
-        """What a user types to go on."""
-        return f"llm-cht train {self.run / 'config.yaml'} --resume auto"
-
     def _step(self) -> dict[str, float]:
         """One optimizer step on one global batch."""
         built, progress, settings, engine = self.built, self.progress, self.settings, self.built.engine
-        start = progress.step * settings.train.batch_size
-        with dist.together():
-            batch = built.data.train.batch(start, settings.train.batch_size, engine.share)
-        targets = int(dist.total([count_targets(batch["labels"])])[0])
         step = progress.step + 1
+        self.watchdog.enter(step, "step")
+        batch, targets = self._batch()
         factor, rewarm = self._lr_factors(step)
         for group in built.optimizer.param_groups:
             group["lr"] = settings.optimizer.lr * factor * rewarm
@@ -210,6 +141,7 @@ class Loop:
         share = targets / (passes * dist.world_size())
         loss = 0.0
         for number in range(passes):
+            self.watchdog.enter(step, "step")
             rows = slice(number * engine.micro_batch_size, (number + 1) * engine.micro_batch_size)
             inputs = {key: value[rows].to(engine.device) for key, value in batch.items()}
             with engine.accumulate(built.forward, last=number == passes - 1):
@@ -227,6 +159,21 @@ class Loop:
         progress.density_sum += self.density
         self.meter.add(targets)
         return {"loss": loss, "lr": settings.optimizer.lr * factor * rewarm, "rewarm": rewarm, "grad_norm": norm}
+
+    def _batch(self) -> tuple[dict[str, Tensor], int]:
+        """This rank's rows of the next global batch, and the number of targets that all ranks have of it."""
+        size, error, targets = self.settings.train.batch_size, None, 0
+        try:
+            batch = self.built.data.train.batch(self.progress.step * size, size, self.built.engine.share)
+            targets = count_targets(batch["labels"])
+        except UserError as raised:
+            error = raised
+        everybody, failed = dist.total([targets, error is not None])
+        if failed:
+            with dist.together():
+                if error is not None:
+                    raise error
+        return batch, int(everybody)
 
     def _lr_factors(self, step: int) -> tuple[float, float]:
         updater = self.built.updater
@@ -247,10 +194,10 @@ class Loop:
         what = f"loss {loss}, gradient norm {norm} at step {step}"
         if train.on_nonfinite == "skip":
             raise self._not_finite(f"{what}; {train.max_skipped} were skipped (`train.max_skipped`)")
-        raise self._not_finite(what, f", or skip such steps: {self.resume_command} --train.on_nonfinite skip")
+        raise self._not_finite(what, f", or skip such steps: {resume_command(self.run)} --train.on_nonfinite skip")
 
     def _not_finite(self, what: str, other: str = "") -> UserError:
-        return UserError(
+        return dist.agreed(
             f"{what}. No checkpoint was overwritten. Start another run (`--run`) with a lower `optimizer.lr` or "
             f"`train.clip_norm`{other}"
         )
@@ -303,10 +250,16 @@ class Loop:
         size = self.settings.validation.batch_size or self.built.engine.micro_batch_size
         batches = self.built.data.validation.batches(size, max_tokens)
         shown = self._bar(iterable=batches, desc="validate", unit="batch", leave=False)
-        return validate(self.built.forward, shown, self.built.engine)
+        return validate(self.built.forward, self._watched(shown), self.built.engine)
+
+    def _watched(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self.watchdog.enter(self.progress.step, "validation")
+            yield batch
 
     def save(self, best: bool = False) -> Path:
         """Write a checkpoint; no signal interrupts it."""
+        self.watchdog.enter(self.progress.step, "save")
         tensors, values = collect(self.built.parts)
         values["settings"] = yaml.safe_load(config.dump(self.settings))
         values["data_fingerprint"] = self.built.data.fingerprint
@@ -347,6 +300,7 @@ class Loop:
         built, dtype = self.built, getattr(torch, self.settings.checkpoint.export_dtype)
         assert self._saved is not None
         with self.signals.hold():
+            self.watchdog.enter(self.progress.step, "export", allowance=6)
             checkpoint = self.store.load(self._saved)
             with dist.together(patient=True):
                 if dist.is_main():

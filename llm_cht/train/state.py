@@ -153,8 +153,9 @@ def _load_moments(parts: Parts, checkpoint: Checkpoint) -> None:
     parts.shards.make_moments(trained.values(), keys - {"step"}, step)
     for name, parameter in trained.items():
         part = parts.shards.fragment(parameter)
-        for key, moment in part.moments.items() if part is not None else ():
-            moment.copy_(checkpoint.read("optimizer", f"{name}.{key}", part.start, part.stop))
+        if part is not None:
+            for key, moment in part.moments.items():
+                moment.copy_(checkpoint.read("optimizer", f"{name}.{key}", part.start, part.stop))
 
 
 class _Lazy(Mapping[str, Tensor]):

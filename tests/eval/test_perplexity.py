@@ -19,7 +19,7 @@ from llm_cht.config import parse
 from llm_cht.data.tokenizer import train_bpe, trained_bpe
 from llm_cht.sparse.folder import read_topology, verify_folder
 from llm_cht.train.config import RunSettings
-from llm_cht.train.loop import train
+from llm_cht.train.run import train
 from tests.helpers import records, tiny_config
 
 DOCUMENTS = ["A sparse link moves.", "Größe zählt:\nzwei Zeilen, 3 Wörter.", "the mask of the layer, the mask"]
