@@ -88,4 +88,4 @@ def _normalised(attention: nn.Module) -> bool:
 
 def _keeps_zero(activation: str) -> bool:
     """Whether act(0) = 0, without which a hidden neuron with no inputs still sends a signal."""
-    return bool(ACT2FN[activation](torch.zeros(())) == 0)
+    return bool(ACT2FN[activation](torch.zeros((), device="cpu")) == 0)

@@ -35,6 +35,7 @@ from llm_cht.evolve.shards import Shards, Whole, Zero3, Zero12
 
 Precision = Literal["bf16", "fp32", "pure_bf16"]
 
+_BUCKET = 500_000_000  # DeepSpeed's own default, in elements
 _COLLECTIVE_MARGIN_S = 30  # the watchdog speaks before a collective gives up
 
 
@@ -117,6 +118,10 @@ class Engine:
         """
         if not self._deepspeed:
             return self.accelerator.prepare_model(callable_model), Whole(optimizer)
+        zero_config = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        size = sum(parameter.numel() for parameter in model.parameters())
+        for bucket in ("reduce_bucket_size", "allgather_bucket_size"):  # buffers larger than the model are a waste
+            zero_config.setdefault(bucket, min(_BUCKET, size))
         exact = {name: p.detach().clone() for name, p in model.named_parameters()}
         wrapped, _ = self.accelerator.prepare(model, optimizer)
         if callable_model is not model:
@@ -180,6 +185,8 @@ def start_engine(settings: EngineSettings) -> Engine:
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
     _check_launcher()
+    if on_cpu and deepspeed:
+        _without_compiled_operator()
     # gloo must be named for DeepSpeed on a CPU, else its ranks train while accelerate believes that each is alone
     group = InitProcessGroupKwargs(
         backend="gloo" if on_cpu and deepspeed else None,
@@ -197,6 +204,17 @@ def start_engine(settings: EngineSettings) -> Engine:
     if deepspeed:
         _configure_deepspeed(engine)
     return engine
+
+
+def _without_compiled_operator() -> None:
+    """Keep DeepSpeed from compiling its operator for ranks that share memory: gloo does without.
+
+    It takes a compiler and a minute or two, and a rank killed meanwhile leaves a lock for which every later run waits
+    without a word.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _asked(variable: str) -> bool:

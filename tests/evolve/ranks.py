@@ -1,4 +1,4 @@
-"""What every rank of ``test_ranks.py`` runs: ``ranks.py OUT TASK``, under torchrun or accelerate launch.
+"""What every rank of ``test_ranks.py`` runs: ``ranks.py OUT TASK ...``, under accelerate launch or alone.
 
 A tiny LLaMA under whatever engine the launcher asks for; weights and gradients are set to numbers that are functions
 of (layer, update, index), so that they are equal under every engine.
@@ -7,6 +7,7 @@ of (layer, update, index), so that they are equal under every engine.
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,12 +24,11 @@ from llm_cht.train.optim import OptimizerSettings, build_optimizer
 
 PRESETS = ("chts", "chtss", "set", "rigl")
 UPDATES = 10
-BATCH = 8
+BATCH, MICRO = 8, 2
 
 
-def start(precision: str, batch_size: int = BATCH, micro: int | None = None) -> Engine:
-    settings = EngineSettings("cpu", precision, batch_size, micro, 1.0, 60.0, False)
-    return start_engine(settings)
+def start(precision: str) -> Engine:
+    return start_engine(EngineSettings("cpu", precision, BATCH, MICRO, 1.0, 120.0, False))
 
 
 def make(engine: Engine, preset: str, weight_decay: float = 0.1):
@@ -46,7 +46,17 @@ def make(engine: Engine, preset: str, weight_decay: float = 0.1):
     return model, forward, TopologyUpdater(sparse, method, shards, 5), optimizer
 
 
-def set_weights(model, updater: TopologyUpdater, update: int) -> None:
+def set_moments(model, updater: TopologyUpdater) -> None:
+    """1 on every existing link."""
+    updater.shards.make_moments([p for p in model.parameters() if p.requires_grad], ("exp_avg", "exp_avg_sq"), 3.0)
+    for layer in updater.sparse.layers.values():
+        part = updater.shards.fragment(layer.weight)
+        if part is not None:
+            for moment in part.moments.values():
+                moment.copy_(layer.mask.view(-1)[part.start : part.stop])
+
+
+def set_weights(updater: TopologyUpdater, update: int) -> None:
     """Weights of existing links: whole multiples of 1/256 in [-1/2, 1/2], none of them 0."""
     for name, layer in updater.sparse.layers.items():
         index = torch.arange(layer.mask.numel())
@@ -66,22 +76,15 @@ def set_gradients(updater: TopologyUpdater, update: int) -> None:
         layer.captured = own.view_as(layer.mask).contiguous()
 
 
-def updates_alone(out: Path, precision: str) -> None:
+def updates_alone(engine: Engine) -> dict:
     """Digests of all masks after each of ten updates of every preset."""
-    engine = start(precision)
-    told = {"engine": engine.name}
+    told = {}
     for preset in PRESETS:
         model, _, updater, _ = make(engine, preset)
-        updater.shards.make_moments([p for p in model.parameters() if p.requires_grad], ("exp_avg", "exp_avg_sq"), 3.0)
         digests = []
         for number in range(1, UPDATES + 1):
-            set_weights(model, updater, number)
-            for layer in updater.sparse.layers.values():
-                part = updater.shards.fragment(layer.weight)
-                if part is not None:
-                    links = layer.mask.view(-1)[part.start : part.stop]
-                    for moment in part.moments.values():
-                        moment.copy_(links)
+            set_weights(updater, number)
+            set_moments(model, updater)
             if updater.method.needs_gradient:
                 set_gradients(updater, number)
             before = {name: mask.clone() for name, mask in updater.masks.items()}
@@ -89,8 +92,7 @@ def updates_alone(out: Path, precision: str) -> None:
             check_update(updater, before)
             digests.append(updater.digest())
         told[preset] = {"digests": digests, "figures": {k: v for k, v in figures.items() if isinstance(v, int | float)}}
-    if dist.is_main():
-        out.write_text(json.dumps(told))
+    return told
 
 
 def check_update(updater: TopologyUpdater, before: dict[str, torch.Tensor]) -> None:
@@ -125,10 +127,9 @@ def check_zeros(updater: TopologyUpdater) -> None:
             assert part is None or torch.equal(cut[: part.master.numel()], part.master.to(cut.dtype)), name
 
 
-def train(out: Path, precision: str) -> None:
+def train(engine: Engine) -> dict:
     """Some steps of every preset with accumulation, clipping and weight decay; zeros checked after every step."""
-    engine = start(precision, micro=2)
-    told = {"engine": engine.name}
+    told = {}
     for preset in PRESETS:
         _, forward, updater, optimizer = make(engine, preset)
         losses, digests = [], []
@@ -138,7 +139,7 @@ def train(out: Path, precision: str) -> None:
             loss = 0.0
             passes = engine.accumulation_steps
             for number in range(passes):
-                rows = tokens[number * 2 : number * 2 + 2]
+                rows = tokens[number * MICRO : (number + 1) * MICRO]
                 with engine.accumulate(forward, last=number == passes - 1):
                     share = BATCH * 15 / passes / dist.world_size()
                     with engine.autocast():
@@ -153,27 +154,55 @@ def train(out: Path, precision: str) -> None:
                 check_zeros(updater)
                 digests.append(updater.digest())
         told[preset] = {"losses": losses, "digests": digests}
-    if dist.is_main():
-        out.write_text(json.dumps(told))
+    return told
 
 
-def disagree(out: Path, precision: str) -> None:
-    """One rank's mask has a flipped bit before an update."""
-    engine = start(precision)
-    model, _, updater, _ = make(engine, "set")
-    set_weights(model, updater, 1)
+def broken(engine: Engine) -> list[str]:
+    """What the checks above say when an update forgets the moments, or the masters, of what is on this rank."""
+    told = []
+    for forgotten in ("moments", "master"):
+        model, _, updater, _ = make(engine, "set")
+        set_weights(updater, 1)
+        set_moments(model, updater)
+        before = {name: mask.clone() for name, mask in updater.masks.items()}
+        honest = updater.shards.fragment
+
+        def careless(parameter, honest=honest, forgotten=forgotten):
+            part = honest(parameter)
+            if part is None:
+                return None
+            return replace(part, moments={}) if forgotten == "moments" else replace(part, master=part.master.clone())
+
+        updater.shards.fragment = careless
+        updater.update(2)
+        updater.shards.fragment = honest
+        try:
+            check_update(updater, before)
+            told.append("nothing")
+        except AssertionError as error:
+            told.append(str(error))
+    return told
+
+
+def disagree(engine: Engine) -> str:
+    """What an update says when a bit of a mask is flipped on one rank."""
+    _, _, updater, _ = make(engine, "set")
+    set_weights(updater, 1)
     if dist.rank() == 1:
         updater.masks["model.layers.1.mlp.up_proj"].view(-1)[7] ^= True
     try:
         updater.update(2)
     except UserError as error:
-        (out.parent / f"{out.name}.{dist.rank()}").write_text(str(error))
+        return str(error) if error.everywhere else "an error of one rank"
+    return "nothing"
 
+
+TASKS = {"updates": updates_alone, "train": train, "broken": broken, "disagree": disagree}
 
 if __name__ == "__main__":
-    torch.use_deterministic_algorithms(True)
-    tasks = {"updates": updates_alone, "train": train, "disagree": disagree}
-    tasks[sys.argv[2]](Path(sys.argv[1]), os.environ.get("PRECISION", "fp32"))
-    sys.stdout.flush()
-    if dist.world_size() > 1:
-        torch.distributed.destroy_process_group()
+    engine = start(os.environ.get("PRECISION", "fp32"))
+    told = {task: TASKS[task](engine) for task in sys.argv[2:]}
+    everybody = dist.gather(told)
+    if dist.is_main():
+        Path(sys.argv[1]).write_text(json.dumps({"engine": engine.name, "ranks": everybody}))
+    dist.close()
