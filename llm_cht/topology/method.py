@@ -24,7 +24,7 @@ from llm_cht.topology.keys import Keys
 from llm_cht.topology.link import NEEDS_GRADIENT, PREDICTORS
 from llm_cht.topology.percolate import Group, QueryKey, percolate
 from llm_cht.topology.schedule import Anneal, Density, Temperature, Updates, density_window
-from llm_cht.topology.score import SCORES
+from llm_cht.topology.score import SCORES, Scored
 from llm_cht.topology.select import choose, choose_missing
 
 
@@ -299,8 +299,9 @@ def active_neurons(
 def _decay(method: Method, weight: Tensor, mask: Tensor, target: int, keys: Keys) -> Tensor:
     if int(mask.count_nonzero()) <= target:
         return mask
-    score = SCORES[method.settings.pruning](weight, mask, None)
-    return _keep(score, mask, lambda of_links, index: choose(of_links, target, None, keys, "prune", index))
+    rule = method.settings.pruning
+    scored = Scored(f"`method.pruning` = {rule}", keys.layer, SCORES[rule](weight, mask, None), mask)
+    return _keep(scored, lambda of_links, index: choose(of_links, target, None, keys, "prune", index))
 
 
 def _remove(method: Method, weight: Tensor, mask: Tensor, keys: Keys, moment: Moment) -> Tensor:
@@ -308,16 +309,19 @@ def _remove(method: Method, weight: Tensor, mask: Tensor, keys: Keys, moment: Mo
     links = int(mask.count_nonzero())
     keep = links - math.floor(method.zeta(moment.step) * links)
     exponent = method.temperature(moment.step) if settings.removal_choice == "soft" else None
-    score = SCORES[settings.removal](weight, mask, None)
-    return _keep(score, mask, lambda of_links, index: choose(of_links, keep, exponent, keys, "remove", index))
+    rule = settings.removal
+    scored = Scored(f"`method.removal` = {rule}", keys.layer, SCORES[rule](weight, mask, None), mask)
+    return _keep(scored, lambda of_links, index: choose(of_links, keep, exponent, keys, "remove", index))
 
 
-def _keep(score_OI: Tensor, mask_OI: Tensor, choice: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _keep(scored: Scored, choice: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The mask of those links that ``choice`` takes, given the links' scores and flat indices."""
-    links = mask_OI.flatten().nonzero().squeeze(1)
-    kept = mask_OI.new_zeros(mask_OI.numel())
-    kept[links[choice(score_OI.flatten()[links], links)]] = True
-    return kept.view_as(mask_OI)
+    links = scored.mask_OI.flatten().nonzero().squeeze(1)
+    scores = scored.score_OI.flatten()[links]
+    scored.check_range(scores)
+    kept = scored.mask_OI.new_zeros(scored.mask_OI.numel())
+    kept[links[choice(scores, links)]] = True
+    return kept.view_as(scored.mask_OI)
 
 
 def _regrow(method: Method, mask: Tensor, gradient: Tensor | None, target: int, keys: Keys) -> Tensor:
@@ -328,6 +332,9 @@ def _regrow(method: Method, mask: Tensor, gradient: Tensor | None, target: int, 
     if missing == 0:
         return mask
     score = PREDICTORS[settings.regrowth](mask, gradient, settings.workspace_mb)
+    scored = Scored(f"`method.regrowth` = {settings.regrowth}", keys.layer, score, mask)
+    scored.check_range(score)
+    scored.check_zero_on_links()
     grown = mask.clone()
     grown.view(-1)[choose_missing(score, mask, missing, exponent, keys)] = True
     return grown
