@@ -52,6 +52,7 @@ def run(tmp_path_factory):
 # ---- settings ----
 
 SETTINGS = {
+    "section": ("--lr 0.1", "`lr` = '0.1' in the command line", "section", "e.g. `lr.schedule`"),
     "unknown key": ("--train.stepz 5", "`train.stepz` in the command line", "did you mean `train.steps`"),
     "key of another section": ("--train.lr 1", "`train.lr`", "did you mean `optimizer.lr`"),
     "wrong type": ("--train.steps many", "train.steps", "a int", "many"),
@@ -132,7 +133,9 @@ FILES = {
     "key twice": ("train:\n  steps: 5\n  steps: 6", "`steps` stands twice", "line 3"),
     "unknown key": ("train: {stepz: 3}", "`train.stepz`", "more.yaml", "did you mean `train.steps`"),
     "key too deep": ("train: {steps: {a: 3}}", "`train.steps.a`", "did you mean `train.steps`"),
-    "wrong type": ("seed: 1.5", "seed", "a int", "1.5"),
+    "wrong type": ("seed: 1.5", "more.yaml: setting", "seed", "a int", "1.5"),
+    "null": ("train: {precision: null}", "`train.precision` is null or empty in", "more.yaml", "give it a value"),
+    "no value": ("run:", "`run` is null or empty in", "more.yaml"),
     "list": ("- a", "more.yaml", "list", "`key: value`"),
     "nothing": ("", "more.yaml", "`key: value`"),
     "not YAML": ("a: [", "more.yaml", "not YAML", "line 1"),
@@ -153,9 +156,21 @@ def test_commands(refused, tmp_path):
     refused("train", tmp_path / "none.yaml", parts=("none.yaml", "No such file", "give the path"))
     refused("train", tmp_path, parts=(str(tmp_path), "Is a directory", "give the path"))
     refused("prepare", "--data.source", "none.txt", parts=("data.source: none.txt", "no such file", "correct the path"))
+    refused("train", parts=("no config file is given", "usage: llm-cht train CONFIG.yaml"))
+    refused("train", "--train.steps", "3", parts=("no config file is given",))
     refused("report", parts=("usage: llm-cht report RUN",))
     refused("report", tmp_path, parts=(str(tmp_path), "no config.yaml", "give the folder of a run"))
     refused("report", tmp_path / "none", parts=(str(tmp_path / "none"), "give the folder of a run"))
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "report --help", "prepare --help", "train --help"])
+def test_help_and_version(arguments, capsys):
+    try:
+        code = main(arguments.split())
+    except SystemExit as end:  # jsonargparse
+        code = end.code
+    assert code == 0
+    assert "llm-cht" in capsys.readouterr().out
 
 
 def test_a_command_of_its_own_says_one_line(tmp_path):

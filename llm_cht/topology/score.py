@@ -39,7 +39,7 @@ SCORES: dict[str, Score] = {"magnitude": magnitude, "relative_importance": relat
 
 @dataclass(frozen=True)
 class Scored:
-    """What a rule says of a layer. A rule that breaks its contract would make counts wrong silently, so it is checked."""
+    """What a rule says of a layer; checked, since a rule that breaks its contract would make counts wrong silently."""
 
     rule: str
     """how messages call it"""
