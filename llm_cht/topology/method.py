@@ -33,7 +33,7 @@ class MethodSettings:
     """How the topology starts and evolves; null means: as the preset says."""
 
     preset: Literal["dense", "static", "set", "rigl", "chts", "chtss"] = "chts"
-    """Row of defaults for every setting below."""
+    """Row of defaults for every setting below; dense has no topology, and refuses settings of one."""
     sparsity: float = 0.9
     """Fraction of missing links at the end, in [0, 1)."""
     update_interval: int = 100
@@ -133,6 +133,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_SAYS_ONLY_WHEN = {"update_interval", "end_step", "density_end_step", "workspace_mb"}
+"""settings that a config for several presets may hold under dense too"""
+
+
 @dataclass(frozen=True)
 class Method:
     """A preset with its overrides, resolved against the length of a run."""
@@ -174,6 +178,9 @@ def resolve(settings: MethodSettings, total_steps: int) -> Method:
     """
     given = {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) is not None}
     full: Any = MethodSettings(**(PRESETS[settings.preset] | given))
+    if settings.preset == "dense":
+        _check_dense(full)
+        full = replace(full, sparsity=0.0)
     _check(full, total_steps)
     end_step = int(0.75 * total_steps) if full.end_step is None else full.end_step
     density_end = end_step if full.density_end_step is None else full.density_end_step
@@ -194,6 +201,18 @@ def resolve(settings: MethodSettings, total_steps: int) -> Method:
         temperature=Temperature(full.temperature_start, full.temperature_end, end_step, full.interpolate),
         density=Density(full.density, first if decays else final, final, start, end),
     )
+
+
+def _check_dense(full: Any) -> None:
+    """Refuse what would be silently without effect; a default, or what a dense run resolves it to, says nothing."""
+    untouched = MethodSettings(preset="dense", **PRESETS["dense"])
+    odd = {f.name: getattr(full, f.name) for f in fields(full) if f.name not in _SAYS_ONLY_WHEN}
+    odd = {key: value for key, value in odd.items() if value != getattr(untouched, key)}
+    if odd.get("sparsity") == 0:
+        del odd["sparsity"]
+    if odd:
+        named = ", ".join(f"`method.{key}` = {value!r}" for key, value in odd.items())
+        raise UserError(f"{named}: the preset dense has no topology; leave it out, or choose another `method.preset`")
 
 
 def _check(settings: Any, total_steps: int) -> None:

@@ -150,6 +150,21 @@ def test_every_preset_sets_every_open_field():
         assert set(row) == open_fields
 
 
+def test_dense_refuses_settings_of_a_topology():
+    message = (
+        r"`method.sparsity` = 0.5, `method.zeta` = 0.2, `method.regrowth` = 'ch2_l3n': the preset dense has no top"
+    )
+    with pytest.raises(UserError, match=message):
+        resolve(MethodSettings("dense", sparsity=0.5, zeta=0.2, regrowth="ch2_l3n"), 100)
+
+
+def test_dense_takes_what_it_resolves_to_and_what_only_says_when():
+    dense = resolve(MethodSettings("dense", update_interval=20, end_step=50, workspace_mb=64), 100)
+    assert (dense.settings.sparsity, dense.density(0)) == (0.0, 1.0)
+    assert not any(dense.due(step) for step in range(101))
+    assert resolve(dense.settings, 100) == dense
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
