@@ -22,7 +22,8 @@ usage: llm-cht COMMAND ...
   llm-cht prepare CONFIG.yaml [--section.key value ...]   build tokenizer and token cache, and say what is in them
   llm-cht report RUN                                      write RUN/report.html
 
-`llm-cht --version` prints the version. A run is stopped by CTRL-C and goes on by `llm-cht train RUN/config.yaml --resume auto`."""
+`llm-cht --version` prints the version.
+A run is stopped by CTRL-C and goes on by `llm-cht train RUN/config.yaml --resume auto`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: torch's error on CUDA, known by its name lest torch be imported, or that of its CPU side."""
+    """Whether memory ran out; torch's error on CUDA is known by its name, so that torch need not be imported."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "can't allocate memory" in str(error)
 

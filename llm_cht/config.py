@@ -207,7 +207,9 @@ def _check_sections(values: dict[str, Any], known: dict[str, bool], place: str) 
     for key, value in values.items():
         if key in sections and value != {}:
             inside = next(name for name in known if name.startswith(f"{key}."))
-            raise UserError(f"`{key}` = {value!r} in {place}: it is a section; write settings below it, e.g. `{inside}`")
+            raise UserError(
+                f"`{key}` = {value!r} in {place}: it is a section; write settings below it, e.g. `{inside}`"
+            )
 
 
 def _check_empty(values: dict[str, Any], kinds_of: dict[str, tuple[Any, ...]], place: str) -> None:
