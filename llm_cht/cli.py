@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import llm_cht
 from llm_cht.errors import UserError
 
 _PATIENCE_S = 2.0
@@ -25,6 +26,7 @@ usage: llm-cht COMMAND ...
   llm-cht prepare CONFIG.yaml [--section.key value ...]   build tokenizer and token cache, and say what is in them
   llm-cht report RUN                                      write RUN/report.html
 
+`llm-cht --version` prints the version.
 A run is stopped by CTRL-C and goes on by `llm-cht train RUN/config.yaml --resume auto`."""
 
 
@@ -34,12 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("--help", "-h"):
         print(_HELP)
         return 0
+    if command == "--version":
+        print(f"llm-cht {llm_cht.__version__}")
+        return 0
     try:
         if command not in _COMMANDS:
             raise UserError(f"unknown command `{command}`; known: {', '.join(_COMMANDS)}")
         _COMMANDS[command](rest)
     except UserError as error:
         _print_once(error)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(f"llm-cht: error: {_memory_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("llm-cht: interrupted", file=sys.stderr)
@@ -56,13 +66,33 @@ def _print_once(error: UserError) -> None:
     print(f"llm-cht: error: {error}", file=sys.stderr, flush=True)
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch's error on CUDA is known by its name, so that torch need not be imported."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
+def _memory_message(error: Exception) -> str:
+    reason = (str(error).splitlines() or [""])[0] or "the system gives no more"
+    return (
+        f"out of memory ({reason}); lower `train.micro_batch_size` (it changes nothing but memory and time), set "
+        "`train.activation_checkpointing: true`, or take a smaller model"
+    )
+
+
 def _train(arguments: Sequence[str]) -> None:
-    from llm_cht.config import parse
+    from llm_cht.config import parse, split_arguments
     from llm_cht.report.page import write_report
     from llm_cht.train.config import RunSettings
     from llm_cht.train.run import train
 
-    outcome = train(parse(RunSettings, "llm-cht train", arguments), say=_say)
+    settings = parse(RunSettings, "llm-cht train", arguments)
+    if not split_arguments(arguments)[0]:
+        raise UserError(
+            "no config file is given; usage: llm-cht train CONFIG.yaml [--section.key value ...], "
+            "e.g. llm-cht train configs/quickstart.yaml"
+        )
+    outcome = train(settings, say=_say)
     if outcome.stopped_by or os.environ.get("RANK", "0") != "0":
         return
     end, run = outcome.summary, outcome.run
@@ -88,6 +118,9 @@ def _prepare(arguments: Sequence[str]) -> None:
 
 
 def _report(arguments: Sequence[str]) -> None:
+    if arguments and arguments[0] in ("--help", "-h"):
+        print("usage: llm-cht report RUN\n\nWrites RUN/report.html from what the folder of a run holds.")
+        return
     from llm_cht.report.page import write_report
 
     if len(arguments) != 1 or arguments[0].startswith("-"):

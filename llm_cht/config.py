@@ -8,8 +8,10 @@ lacks is done here: a positional config file, and unknown keys refused with the 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import itertools
 import re
 import types
 import typing
@@ -46,18 +48,22 @@ def parse(root: type[Settings], program: str, arguments: Sequence[str]) -> Setti
         UserError: a file that is not there or not YAML, an unknown key (with the nearest known one), a wrong type.
         SystemExit: after ``--help`` or ``--print_config``.
     """
-    files, overrides = _split(arguments)
+    files, overrides = split_arguments(arguments)
     known = known_keys(root)
     for file in files:
         values = flat(load_yaml(file))
         _check_keys(values, known, place=file)
         _check_sections(values, known, place=file)
-    _check_keys(_override_keys(overrides), known, place="the command line")
+        _check_empty(values, _hints(root), place=file)
+    given = _override_values(overrides)
+    _check_keys(given, known, place="the command line")
+    _check_sections(given, known, place="the command line")
     parser = _parser(root, program)
+    chosen = [f"--config={file}" for file in files]
     try:
-        namespace = parser.instantiate(parser.parse_args([*(f"--config={file}" for file in files), *overrides]))
+        namespace = parser.instantiate(parser.parse_args([*chosen, *overrides]))
     except ArgumentError as error:
-        raise UserError(_readable(str(error))) from error
+        raise UserError(_place_of_error(parser, files) + _readable(str(error))) from error
     return root(**{field.name: namespace[field.name] for field in dataclasses.fields(root)})  # type: ignore[arg-type]
 
 
@@ -110,15 +116,22 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def known_keys(root: type) -> dict[str, bool]:
     """Dotted names of all settings below ``root`` -> whether free keys may follow (a dict setting)."""
-    keys: dict[str, bool] = {}
+    return {
+        name: any(typing.get_origin(kind) is dict or kind is dict for kind in kinds)
+        for name, kinds in _hints(root).items()
+    }
+
+
+def _hints(root: type) -> dict[str, tuple[Any, ...]]:
+    """Dotted names of all settings below ``root`` -> the types that each may have."""
+    kinds_of: dict[str, tuple[Any, ...]] = {}
     hints = typing.get_type_hints(root)
     for field in dataclasses.fields(root):
-        kinds = _alternatives(hints[field.name])
-        keys[field.name] = any(typing.get_origin(kind) is dict or kind is dict for kind in kinds)
-        for kind in kinds:
+        kinds_of[field.name] = _alternatives(hints[field.name])
+        for kind in kinds_of[field.name]:
             if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-                keys |= {f"{field.name}.{name}": free for name, free in known_keys(kind).items()}
-    return keys
+                kinds_of |= {f"{field.name}.{name}": kinds for name, kinds in _hints(kind).items()}
+    return kinds_of
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -136,10 +149,14 @@ def _parser(root: type, program: str) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="a settings file; the same as naming it first")
     parser.add_class_arguments(root, as_group=False)
+    sections = _sections(known_keys(root))
+    for action in parser._actions:
+        if action.dest in sections:
+            action.help = argparse.SUPPRESS  # jsonargparse takes a file there too; one way to name files is enough
     return parser
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The leading file names, and the rest with every ``--config FILE`` taken out."""
     rest = list(arguments)
     files = []
@@ -157,9 +174,13 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, overrides
 
 
-def _override_keys(overrides: Sequence[str]) -> list[str]:
-    names = [word[2:].split("=", 1)[0].rstrip("+") for word in overrides if word.startswith("--")]
-    return [name for name in names if name not in ("help", "print_config")]
+def _override_values(overrides: Sequence[str]) -> dict[str, str]:
+    values = {}
+    for word, following in itertools.pairwise([*overrides, ""]):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            values[name.rstrip("+")] = value if equals else following
+    return {name: value for name, value in values.items() if name not in ("help", "print_config")}
 
 
 def _check_keys(keys: Iterable[str], known: dict[str, bool], place: str) -> None:
@@ -177,12 +198,35 @@ def _check_keys(keys: Iterable[str], known: dict[str, bool], place: str) -> None
         raise UserError(f"unknown key `{key}` in {place}; {hint}")
 
 
+def _sections(known: Iterable[str]) -> set[str]:
+    return {key.rpartition(".")[0] for key in known}
+
+
 def _check_sections(values: dict[str, Any], known: dict[str, bool], place: str) -> None:
-    sections = {key.rpartition(".")[0] for key in known}
+    sections = _sections(known)
     for key, value in values.items():
         if key in sections and value != {}:
             inside = next(name for name in known if name.startswith(f"{key}."))
-            raise UserError(f"`{key}` = {value} in {place}: it is a section; write settings below it, e.g. `{inside}`")
+            raise UserError(
+                f"`{key}` = {value!r} in {place}: it is a section; write settings below it, e.g. `{inside}`"
+            )
+
+
+def _check_empty(values: dict[str, Any], kinds_of: dict[str, tuple[Any, ...]], place: str) -> None:
+    """jsonargparse takes a null in a file for any type."""
+    for key, value in values.items():
+        if value is None and key in kinds_of and types.NoneType not in kinds_of[key]:
+            raise UserError(f"`{key}` is null or empty in {place}; give it a value, or leave the line out")
+
+
+def _place_of_error(parser: ArgumentParser, files: Sequence[str]) -> str:
+    """The first file that does not parse by itself; nothing if the command line is at fault."""
+    for file in files:
+        try:
+            parser.parse_args([f"--config={file}"])
+        except ArgumentError:
+            return f"{file}: "
+    return ""
 
 
 def _readable(message: str) -> str:

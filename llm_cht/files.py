@@ -5,13 +5,25 @@ or the new one, never half of one. Rejected: ``renameat2(RENAME_EXCHANGE)``, whi
 same gap.
 """
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from llm_cht.errors import UserError
+
+
+def absolute(path: str) -> str:
+    """``path`` from the root, so that it means the same from any working directory; an empty one stays empty."""
+    return os.path.abspath(os.path.expanduser(path)) if path else path
+
+
+def is_path(name: str) -> bool:
+    """Whether ``name`` can only be a file or folder here: no `name` or `owner/name` of the Hugging Face hub."""
+    return name.endswith((".yaml", ".yml", ".json")) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
 
 
 def _hidden(target: Path, role: str) -> Path:
@@ -94,6 +106,9 @@ def discard(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
 @contextmanager
 def disk_errors(target: Path, needed: int, kept: str) -> Iterator[None]:
     """Turn a failed write below ``target`` into a ``UserError``.
@@ -106,9 +121,15 @@ def disk_errors(target: Path, needed: int, kept: str) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, OSError) and "(os error " not in str(error):
             raise
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number not in _NO_ROOM:
+            raise UserError(
+                f"cannot write {target}: {error}. {kept} Make the folder writable, then start again."
+            ) from error
         place = next(path for path in target.absolute().parents if os.path.isdir(path))
         free = shutil.disk_usage(place).free
         raise UserError(
             f"cannot write {target}: {error}. It takes {needed / 1e6:.1f} MB; {free / 1e6:.1f} MB are free there. "
-            f"{kept} Free space or make the folder writable, then start again."
+            f"{kept} Free space, then start again."
         ) from error

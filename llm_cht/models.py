@@ -6,8 +6,9 @@ of the transformers config. Anything else is what ``AutoConfig`` and ``AutoModel
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llm_cht.config import load_yaml
 from llm_cht.errors import UserError
+from llm_cht.files import absolute, is_path
 
 _UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, StrictDataclassError)
 """what transformers raises for sizes that do not fit: it checks few, the others fail where they are first used"""
@@ -41,6 +43,16 @@ def configs_folder() -> Path:
     """The folder of shipped configs: beside the package in a clone, inside it in a wheel."""
     here = Path(__file__).resolve().parent
     return next(place for place in (here / "configs", here.parent / "configs") if place.is_dir())
+
+
+def with_absolute_paths(settings: ModelSettings) -> ModelSettings:
+    """``settings`` whose names of local files and folders mean the same from any working directory."""
+    config, path = settings.config, settings.path
+    if config is not None and not _shipped(config).is_file() and Path(config).expanduser().exists():
+        config = absolute(config)
+    if path is not None and Path(path).expanduser().exists():
+        path = absolute(path)
+    return replace(settings, config=config, path=path)
 
 
 def build_model(settings: ModelSettings, seed: int) -> PreTrainedModel:
@@ -71,7 +83,9 @@ def _fresh(name: str, settings: ModelSettings) -> PreTrainedModel:
     try:
         known = AutoConfig.for_model(model_type)
     except ValueError as error:
-        raise UserError(f"`model.config` {name}: transformers knows no model type `{model_type}`") from error
+        raise UserError(
+            f"`model.config` = {name!r}: transformers knows no model type `{model_type}`; correct it"
+        ) from error
     _check_keys(known, values)
     try:
         config = AutoConfig.for_model(model_type, **values)
@@ -79,32 +93,38 @@ def _fresh(name: str, settings: ModelSettings) -> PreTrainedModel:
     except (*_UNFIT, ImportError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
         raise UserError(
-            f"`model.config` {name} with `model.overrides` and `model.attention` cannot work: {reason}; correct them"
+            f"`model.config` = {name!r} with `model.overrides` and `model.attention` cannot work: {reason}; "
+            "correct them"
         ) from error
 
 
 def _config_values(name: str) -> dict[str, Any]:
     """The keys of a transformers config by shipped name, file, or Hugging Face folder or name."""
-    folder = configs_folder() / "models"
-    path = next((p for p in (folder / f"{name}.yaml", Path(name)) if p.is_file()), None)
+    path = next((p for p in (_shipped(name), Path(name)) if p.is_file()), None)
     if path is not None:
         values = load_yaml(path)
         if "model_type" not in values:
-            raise UserError(f"`model.config` {path} has no `model_type` key; write the keys of a transformers config")
+            raise UserError(
+                f"`model.config` = {str(path)!r}: has no `model_type` key; write the keys of a transformers config"
+            )
         return values
+    known = ", ".join(sorted(path.stem for path in _shipped("*").parent.glob("*.yaml")))
+    place = f"`model.config` = {name!r}: no shipped config ({known}), no file or folder here"
+    if is_path(name) and not os.path.isdir(name):
+        raise UserError(f"{place}, and no name of the hub; correct it")
     try:
         return AutoConfig.from_pretrained(name).to_dict()
     except (OSError, ValueError) as error:
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise UserError(
-            f"`model.config` {name} is no shipped config ({known}), no file and no Hugging Face model: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"{place} and no Hugging Face model: {str(error).splitlines()[0]}; correct it") from error
+
+
+def _shipped(name: str) -> Path:
+    return configs_folder() / "models" / f"{name}.yaml"
 
 
 def _load(path: str, settings: ModelSettings) -> PreTrainedModel:
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
-        raise UserError(f"`model.path` {path} is no folder; give a Hugging Face model folder or hub name")
+    if is_path(path) and not os.path.isdir(path):
+        raise UserError(f"`model.path` = {path!r}: no folder here; give a Hugging Face model folder or hub name")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -125,15 +145,17 @@ def _load(path: str, settings: ModelSettings) -> PreTrainedModel:
     lacking = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
     if lacking:
         raise UserError(
-            f"`model.path` {path}: {len(lacking)} weights are missing there or have another size, e.g. `{lacking[0]}`; "
-            "give a whole model, and no sizes in `model.overrides`"
+            f"`model.path` = {path!r}: {len(lacking)} weights are missing there or have another size, e.g. "
+            f"`{lacking[0]}`; give a whole model, and no sizes in `model.overrides`"
         )
     return model
 
 
 def _no_model(path: str, error: Exception) -> UserError:
     reason = str(error).splitlines()[0].rstrip(".")
-    return UserError(f"`model.path` {path} cannot be loaded: {reason}; give a Hugging Face model folder or hub name")
+    return UserError(
+        f"`model.path` = {path!r}: cannot be loaded: {reason}; give a Hugging Face model folder or hub name"
+    )
 
 
 def _check_keys(config: Any, keys: Iterable[str]) -> None:

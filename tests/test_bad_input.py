@@ -52,6 +52,7 @@ def run(tmp_path_factory):
 # ---- settings ----
 
 SETTINGS = {
+    "section": ("--lr 0.1", "`lr` = '0.1' in the command line", "section", "e.g. `lr.schedule`"),
     "unknown key": ("--train.stepz 5", "`train.stepz` in the command line", "did you mean `train.steps`"),
     "key of another section": ("--train.lr 1", "`train.lr`", "did you mean `optimizer.lr`"),
     "wrong type": ("--train.steps many", "train.steps", "a int", "many"),
@@ -90,19 +91,33 @@ SETTINGS = {
         "1024",
         "lower",
     ),
-    "sequence of one token": ("--data.sequence_length 1", "data.sequence_length", "at least 2"),
+    "sequence of one token": ("--data.sequence_length 1", "`data.sequence_length` = 1", "at least 2"),
     "tokenizer larger than the model": ("--data.vocab_size 500", "330 tokens", "vocabulary 300", "to 330 or more"),
-    "vocabulary too small": ("--data.vocab_size 100", "data.vocab_size: 100", "at least 259"),
-    "tokenizer that is not there": ("--data.tokenizer nowhere", "data.tokenizer: nowhere", "`tokenizer.json`"),
-    "nothing held out": ("--data.validation_fraction 0", "data.validation_fraction: 0", "between 0 and 1"),
+    "vocabulary too small": ("--data.vocab_size 100", "`data.vocab_size` = 100", "at least 259"),
+    "tokenizer that is not there": ("--data.tokenizer nowhere", "`data.tokenizer` = 'nowhere'", "`tokenizer.json`"),
+    "nothing held out": ("--data.validation_fraction 0", "`data.validation_fraction` = 0", "between 0 and 1"),
+    "no source": ("--data.source=", "`data.source` = ''", "names no file", "give files"),
+    "empty list of sources": ("--data.source []", "`data.source` = []", "names no file"),
+    "empty name in a list": ("--data.source ['']", "`data.source` = ['']", "names no file"),
+    "no validation": ("--data.validation=", "`data.validation` = ''", "names no file"),
+    "empty list of validation": ("--data.validation []", "`data.validation` = []", "names no file"),
+    "no run folder": ("--run=", "`run` = ''", "names no folder"),
     "no full validation sequence": (
         "--data.validation_fraction 0.00001",
-        "validation documents have 0 tokens",
+        "validation documents of `data.source` = ",
+        "text.txt have 0 tokens",
         "one sequence needs 32",
         "raise `data.validation_fraction`",
     ),
-    "model that does not exist": ("--model.config llama_6m", "`model.config` llama_6m", "llama_60m, llama_7b"),
-    "checkpoint that does not exist": ("--model.path ./nowhere", "`model.path` ./nowhere", "is no folder", "give a"),
+    "model that does not exist": ("--model.config llama_6m", "`model.config` = 'llama_6m'", "llama_60m, llama_7b"),
+    "checkpoint that does not exist": (
+        "--model.path ./nowhere",
+        "`model.path` = './nowhere'",
+        "no folder here",
+        "give a",
+    ),
+    "config file that does not exist": ("--model.config nofam.yaml", "`model.config` = 'nofam.yaml'", "correct it"),
+    "config without a name": ("--model.config=", "`model.config` = ''", "no shipped config", "no name of the hub"),
     "no model": ("--model.config null", "`model.config`", "`model.path`", "name a config"),
     "unknown model key": ("--model.overrides.hidden_sise 3", "no key `hidden_sise`", "correct it"),
     "heads do not divide": ("--model.overrides.num_attention_heads 3", "(16)", "heads (3)", "correct"),
@@ -132,7 +147,9 @@ FILES = {
     "key twice": ("train:\n  steps: 5\n  steps: 6", "`steps` stands twice", "line 3"),
     "unknown key": ("train: {stepz: 3}", "`train.stepz`", "more.yaml", "did you mean `train.steps`"),
     "key too deep": ("train: {steps: {a: 3}}", "`train.steps.a`", "did you mean `train.steps`"),
-    "wrong type": ("seed: 1.5", "seed", "a int", "1.5"),
+    "wrong type": ("seed: 1.5", "more.yaml: setting", "seed", "a int", "1.5"),
+    "null": ("train: {precision: null}", "`train.precision` is null or empty in", "more.yaml", "give it a value"),
+    "no value": ("run:", "`run` is null or empty in", "more.yaml"),
     "list": ("- a", "more.yaml", "list", "`key: value`"),
     "nothing": ("", "more.yaml", "`key: value`"),
     "not YAML": ("a: [", "more.yaml", "not YAML", "line 1"),
@@ -152,7 +169,11 @@ def test_commands(refused, tmp_path):
     refused("trian", "config.yaml", parts=("unknown command `trian`", "train, prepare, report"))
     refused("train", tmp_path / "none.yaml", parts=("none.yaml", "No such file", "give the path"))
     refused("train", tmp_path, parts=(str(tmp_path), "Is a directory", "give the path"))
-    refused("prepare", "--data.source", "none.txt", parts=("data.source: none.txt", "no such file", "correct the path"))
+    refused(
+        "prepare", "--data.source", "none.txt", parts=("`data.source` = 'none.txt'", "no such file", "correct the path")
+    )
+    refused("train", parts=("no config file is given", "usage: llm-cht train CONFIG.yaml"))
+    refused("train", "--train.steps", "3", parts=("no config file is given",))
     refused("report", parts=("usage: llm-cht report RUN",))
     refused("report", tmp_path, parts=(str(tmp_path), "no config.yaml", "give the folder of a run"))
     refused("report", tmp_path / "none", parts=(str(tmp_path / "none"), "give the folder of a run"))
@@ -189,12 +210,12 @@ def test_model_checkpoints(refused, tmp_path, run):
     shutil.copytree(whole, text)
     (text / "config.json").write_text("{")
     train = ("train", config, "--model.path")
-    refused(*train, empty, parts=(f"`model.path` {empty}", "`model_type`", "give a Hugging Face model folder"))
-    refused(*train, cut, parts=(f"`model.path` {cut}", "invalid header length", "give a"))
-    refused(*train, text, parts=(f"`model.path` {text}", "not a valid JSON", "give a"))
+    refused(*train, empty, parts=(f"`model.path` = '{empty}'", "`model_type`", "give a Hugging Face model folder"))
+    refused(*train, cut, parts=(f"`model.path` = '{cut}'", "invalid header length", "give a"))
+    refused(*train, text, parts=(f"`model.path` = '{text}'", "not a valid JSON", "give a"))
     refused(*train, whole, "--model.overrides", "{nope: 3}", parts=("no key `nope`",))
     for size in ("hidden_size: 32", "num_hidden_layers: 3"):
-        parts = (f"`model.path` {whole}", "weights are missing there or have another size", "`model.overrides`")
+        parts = (f"`model.path` = '{whole}'", "weights are missing there or have another size", "`model.overrides`")
         refused(*train, whole, "--model.overrides", f"{{{size}}}", parts=parts)
 
 
@@ -268,7 +289,7 @@ def test_tokenizers(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.model").write_bytes(random.Random(0).randbytes(500))
     train = ("train", tiny_config(tmp_path), "--data.tokenizer")
-    refused(*train, tmp_path / "empty", parts=(f"data.tokenizer: {tmp_path / 'empty'}", "give a folder with"))
+    refused(*train, tmp_path / "empty", parts=(f"`data.tokenizer` = '{tmp_path / 'empty'}'", "give a folder with"))
     refused(*train, tmp_path / "a.model", parts=("a.model", "entencepiece"))
 
 
@@ -292,10 +313,11 @@ RESUMES = {
     "seed": ("--seed 1", "`seed` is 1 now and was 0"),
     "model": ("--model.overrides.hidden_size 32", "`model.overrides.hidden_size` is 32 now and was 16"),
     "other model": ("--model.config llama_20m", "`model.config` is 'llama_20m' now and was 'llama_9m'"),
-    "data": ("--data.source builtin", "`data.source` is 'builtin' now"),
+    "data": ("--data.text_field body", "`data.text_field` is 'body' now and was 'text'"),
     "tokenizer": ("--data.vocab_size 290", "`data.vocab_size` is 290 now and was 300"),
     "method": ("--method.preset set", "`method.preset` is 'set' now and was 'chts'"),
     "steps": ("--train.steps 40", "`train.steps` is 40 now and was 20"),
+    "open end": ("--train.steps 40 --method.end_step null", "`train.steps` is 40 now and was 20"),
 }
 
 
@@ -367,8 +389,8 @@ def test_reports_of_damaged_runs(refused, tmp_path, run):
     lines = metrics.read_text().splitlines()
     metrics.write_text("\n".join([lines[0], lines[1][:20], *lines[2:]]))
     refused("report", tmp_path / "run", parts=(f"{metrics}, line 2 is damaged", "remove that line"))
-    metrics.unlink()
-    refused("report", tmp_path / "run", parts=(f"{metrics} does not exist", "give the folder of a run"))
+    metrics.write_text("\n".join([lines[0], "[1, 2]", *lines[2:]]))
+    refused("report", tmp_path / "run", parts=(f"{metrics}, line 2 is no record of a run", "remove that line"))
 
 
 def test_a_damaged_config_of_a_run_without_checkpoint(refused, tmp_path):

@@ -59,6 +59,11 @@ def test_types_of_overrides(write):
         ("zzz: 1", "unknown key `zzz`.*--help"),
         ("seed: one", "seed.*int.*one"),
         ("inner: {kind: c}", r"inner\.kind.*'a', 'b'.*c"),
+        ("seed: one", r"c\.yaml: setting .seed"),
+        ("seed:", r"`seed` is null or empty in .*c\.yaml; give it a value"),
+        ("inner: {rate: null}", r"`inner.rate` is null or empty in .*c\.yaml"),
+        ("inner: {places: ~}", "`inner.places` is null or empty"),
+        ("inner: {extra: null}", "`inner.extra` is null or empty"),
         ("- 1", "holds list"),
         ("a: [", "is not YAML"),
     ],
@@ -76,6 +81,33 @@ def test_wrong_command_line():
         parse(Root, "x", ["nowhere.yaml"])
     with pytest.raises(UserError, match="expected one argument"):
         parse(Root, "x", ["--seed"])
+
+
+def test_a_type_error_names_the_file_it_is_in(write):
+    good, bad = write("seed: 1\n"), write("seed: x\n", "bad.yaml")
+    with pytest.raises(UserError, match=rf"^{bad}: setting .seed.*x$"):
+        parse(Root, "x", [good, bad, "--seed", "3"])
+    with pytest.raises(UserError, match=r"^setting .seed.*y$"):
+        parse(Root, "x", [good, "--seed", "y"])
+
+
+@pytest.mark.parametrize("words", [["--inner", "0.1"], ["--inner=0.1"]])
+def test_a_section_on_the_command_line_is_no_setting(words):
+    with pytest.raises(UserError, match=r"`inner` = '0.1' in the command line: it is a section.* e.g. `inner.rate`"):
+        parse(Root, "x", words)
+
+
+def test_null_where_it_may_stand(write):
+    assert parse(Root, "x", [write("limit: null\ninner: {extra: {k: null}}\n")]).inner.extra == {"k": None}
+
+
+def test_help_lists_settings_and_no_sections(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(Root, "x", ["--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "--inner.rate" in out
+    assert "--inner " not in out
 
 
 def test_dump_reads_back(write):

@@ -233,6 +233,22 @@ def test_no_permission(open_folder, start):
     refused("train", config, "--resume", "auto", parts=(f"{run / 'config.yaml'}", "Permission denied"))
 
 
+# ---- out of memory ----
+
+
+def memory_limit() -> None:
+    """300 MB more than the process has."""
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 300_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory limit of a process needs Linux")
+def test_out_of_memory(finished, start, tmp_path):
+    code, err = start("train", tiny_config(tmp_path), "--train.batch_size", "30000", fault=memory_limit).finished()
+    told(code, err, "out of memory", "can't allocate memory", "lower `train.micro_batch_size`")
+    check_whole(tmp_path / "run")
+
+
 # ---- losses that are not finite ----
 
 DIVERGED = ("--optimizer.lr", "1e30", "--train.clip_norm", "null", "--checkpoint.every", "1")

@@ -1,8 +1,12 @@
 """Folders that are whole or not there, also after a kill between two renames."""
 
+import errno
+from pathlib import Path
+
 import pytest
 
-from llm_cht.files import discard, new_folder, settle
+from llm_cht.errors import UserError
+from llm_cht.files import absolute, discard, disk_errors, is_path, new_folder, settle
 
 
 def test_new_folder_replaces_the_old_one(tmp_path):
@@ -44,3 +48,36 @@ def test_discard(tmp_path):
     (tmp_path / "b" / "file").touch()
     discard(tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "about_space"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (RuntimeError("I/O error: File too large (os error 27)"), True),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("Read-only file system (os error 30)"), False),
+    ],
+)
+def test_only_a_full_disk_is_told_as_one(tmp_path, fault, about_space):
+    with (
+        pytest.raises(UserError, match=r"cannot write .*Nothing is lost") as error,
+        disk_errors(tmp_path / "a" / "b", 10**6, "Nothing is lost."),
+    ):
+        raise fault
+    assert ("It takes 1.0 MB" in str(error.value)) == ("Free space" in str(error.value)) == about_space
+    assert ("Make the folder writable" in str(error.value)) != about_space
+
+
+def test_names_that_can_only_be_paths():
+    for name in ("nofam.yaml", "./nope", "../a", "/a/b", "~/a", "a/b/c", "a b", "", "owner/name.json", "a/"):
+        assert is_path(name), name
+    for name in ("gpt2", "openai-community/gpt2", "Qwen/Qwen3-0.6B", "llama_60m", "a_b/c.d"):
+        assert not is_path(name), name
+
+
+def test_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute("a/../b") == str(tmp_path / "b")
+    assert absolute("~/b") == str(Path.home() / "b")
+    assert absolute("") == ""

@@ -20,6 +20,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from llm_cht.data.readers import as_text, missing_field
 from llm_cht.data.sources import digest_of
 from llm_cht.errors import UserError
+from llm_cht.files import is_path
 
 _TIMEOUT_SECONDS = 10
 
@@ -78,8 +79,11 @@ def reach(name: str, kind: Literal["data set", "tokenizer"], place: str) -> None
     """Ask the hub for ``name``, unless HF_HUB_OFFLINE is set.
 
     Raises:
-        UserError: it does not answer, or does not know the name.
+        UserError: it does not answer, or does not know the name, or the name can be none of the hub.
     """
+    place = f"`{place}` = {name!r}"
+    if is_path(name):
+        raise UserError(f"{place}: no such file or folder here; correct the path, or give a name of the hub")
     if constants.HF_HUB_OFFLINE:
         return
     ask = HfApi().dataset_info if kind == "data set" else HfApi().model_info
@@ -87,12 +91,12 @@ def reach(name: str, kind: Literal["data set", "tokenizer"], place: str) -> None
         ask(name, timeout=_TIMEOUT_SECONDS)
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise UserError(
-            f"{place}: {name}: neither a file or folder here nor a {kind} the hub knows (a private one needs "
+            f"{place}: neither a file or folder here nor a {kind} the hub knows (a private one needs "
             "`hf auth login`); correct the name"
         ) from error
     except (httpx.HTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{place}: {name}: no such file or folder here, and the hub cannot be reached ({reason}); correct the "
+            f"{place}: no such file or folder here, and the hub cannot be reached ({reason}); correct the "
             f"path, or set HF_HUB_OFFLINE=1 to use a {kind} downloaded before"
         ) from error

@@ -14,12 +14,14 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from llm_cht.data.readers import COMPRESSED, JSON_LINES, KNOWN, PARQUET, TEXT, Rule, kind, read_documents
+from llm_cht.data.settings import DataSettings
 from llm_cht.errors import UserError
+from llm_cht.files import absolute
 
 _SAMPLE_BYTES = 2**20
 _NOT_TEXT_OF_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -76,8 +78,8 @@ def builtin() -> FileSource:
         if not _NOT_TEXT_OF_THE_LIBRARY & set(path.relative_to(root).parts[:-1]) and path.stat().st_size
     ]
     if not files:
-        raise UserError(f"data.source: builtin: no `.py` files in {root}; give files of your own as `data.source`")
-    return FileSource("builtin", tuple(files), "text", "file")
+        raise UserError(f"`data.source` = 'builtin': no `.py` files in {root}; give files of your own")
+    return FileSource("`data.source` = builtin", tuple(files), "text", "file")
 
 
 def local_files(place: str, names: list[str], text_field: str, rule: Rule | None) -> FileSource:
@@ -88,8 +90,9 @@ def local_files(place: str, names: list[str], text_field: str, rule: Rule | None
     """
     files: list[Path] = []
     for name in names:
-        files += _matches(place, name)
-    return FileSource(f"{place}: {', '.join(names)}", tuple(dict.fromkeys(files)), text_field, rule)
+        files += _matches(f"`{place}` = {name!r}", name)
+    some = ", ".join(names if len(names) <= 3 else [*names[:3], "..."])
+    return FileSource(f"`{place}` = {some}", tuple(dict.fromkeys(files)), text_field, rule)
 
 
 def is_local(name: str) -> bool:
@@ -97,6 +100,36 @@ def is_local(name: str) -> bool:
     looks_local = name.startswith((".", "/", "~")) or glob.has_magic(name) or name.count("/") > 1
     known = Path(name).suffix in TEXT + JSON_LINES + PARQUET + COMPRESSED
     return looks_local or known or Path(name).exists()
+
+
+def on_hub(source: str | list[str]) -> bool:
+    """Whether `data.source` is a data set of the hub."""
+    names = names_of(source)
+    return names != ["builtin"] and len(names) == 1 and not is_local(names[0])
+
+
+def names_of(setting: str | list[str] | None) -> list[str]:
+    """The names in `data.source` or `data.validation`."""
+    if setting is None:
+        return []
+    return [setting] if isinstance(setting, str) else setting
+
+
+def with_absolute_paths(settings: DataSettings) -> DataSettings:
+    """``settings`` whose names of local files mean the same from any working directory."""
+    source, validation = settings.source, settings.validation
+    if not on_hub(source):
+        source = source if names_of(source) == ["builtin"] else _absolute(source)
+        validation = None if validation is None else _absolute(validation)
+    tokenizer, cache = settings.tokenizer, settings.cache_dir
+    if tokenizer != "bpe" and Path(tokenizer).expanduser().exists():
+        tokenizer = absolute(tokenizer)
+    cache = None if cache is None else absolute(cache)
+    return replace(settings, source=source, validation=validation, tokenizer=tokenizer, cache_dir=cache)
+
+
+def _absolute(setting: str | list[str]) -> str | list[str]:
+    return absolute(setting) if isinstance(setting, str) else [absolute(name) for name in setting]
 
 
 def digest_of(value: Any) -> str:
@@ -109,12 +142,12 @@ def _matches(place: str, name: str) -> list[Path]:
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file() and kind(file))
         if not found:
-            raise UserError(f"{place}: {name}: the folder holds no data files; known are {KNOWN}")
+            raise UserError(f"{place}: the folder holds no data files; known are {KNOWN}")
         return found
     found = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     if not found:
         what = "the pattern matches no file" if glob.has_magic(name) else "no such file or folder"
-        raise UserError(f"{place}: {name}: {what} (looked from {Path.cwd()}); correct the path")
+        raise UserError(f"{place}: {what} (looked from {Path.cwd()}); correct the path")
     for file in found:
         if not kind(file):
             raise UserError(f"{place}: {file}: the extension says no known format; known are {KNOWN}")

@@ -121,7 +121,7 @@ class Stream:
                     yield _Place(epoch, turn, document), tokens
             needed = self._how.length if self._how.packing == "pack" else 1
             if first == _Place(epoch, 0, 0) and num_tokens < needed:
-                raise no_sequence("train", num_tokens, self._how.length)
+                raise no_sequence("train", self._split.source.place, num_tokens, self._how.length)
 
     def _shard(self, shard: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
         """Numbers and tokens of the training documents of one shard, from number ``start`` on."""
@@ -132,13 +132,13 @@ class Stream:
             yield from zip(numbers, encode(self._how.tokenizer, list(texts)), strict=True)
 
 
-def no_sequence(side: Literal["train", "validation"], num_tokens: int, length: int) -> UserError:
-    """The error for a side that fills no sequence."""
+def no_sequence(side: Literal["train", "validation"], place: str, num_tokens: int, length: int) -> UserError:
+    """The error for a side that fills no sequence; ``place`` is what messages call its source."""
     name, remedy = {
         "train": ("training", "add text"),
         "validation": ("validation", "raise `data.validation_fraction`, set `data.validation`"),
     }[side]
     return UserError(
-        f"the {name} documents have {num_tokens} tokens and one sequence needs {length}; {remedy}, or lower "
+        f"the {name} documents of {place} have {num_tokens} tokens and one sequence needs {length}; {remedy}, or lower "
         "`data.sequence_length`"
     )

@@ -109,20 +109,27 @@ def describe(data: TextData) -> str:
 
 
 def _check(settings: DataSettings) -> None:
+    for name in ("source", "validation"):
+        value = getattr(settings, name)
+        names = sources.names_of(value)
+        if value is not None and not (names and all(names)):
+            raise UserError(f"`data.{name}` = {value!r}: names no file; give files, folders, globs or a data set")
     if not 0 < settings.validation_fraction < 1:
-        raise UserError(f"data.validation_fraction: {settings.validation_fraction}: give a fraction between 0 and 1")
+        raise UserError(
+            f"`data.validation_fraction` = {settings.validation_fraction}: must be a fraction between 0 and 1"
+        )
     for name, least in (("sequence_length", 2), ("tokenizer_bytes", 1), ("stream_head", 1)):
         if getattr(settings, name) < least:
-            raise UserError(f"data.{name}: {getattr(settings, name)}: must be at least {least}")
+            raise UserError(f"`data.{name}` = {getattr(settings, name)}: must be at least {least}; raise it")
 
 
 def _split(settings: DataSettings) -> Split:
-    source, validation = _names(settings.source), _names(settings.validation)
-    on_hub = source != ["builtin"] and len(source) == 1 and not sources.is_local(source[0])
+    source, validation = sources.names_of(settings.source), sources.names_of(settings.validation)
+    on_hub = sources.on_hub(settings.source)
     files = partial(sources.local_files, text_field=settings.text_field, rule=settings.text_documents)
     head = settings.stream_head if settings.streaming else None
     if on_hub and len(validation) > 1:
-        raise UserError(f"data.validation: {validation}: a hub source is validated on one of its splits; name that")
+        raise UserError(f"`data.validation` = {validation}: a hub source is validated on one of its splits; name that")
     if on_hub:
         reach(source[0], "data set", "data.source")
         train, *own = (
@@ -136,12 +143,6 @@ def _split(settings: DataSettings) -> Split:
         settings.validation_fraction,
         head,
     )
-
-
-def _names(setting: str | list[str] | None) -> list[str]:
-    if setting is None:
-        return []
-    return [setting] if isinstance(setting, str) else setting
 
 
 def _identity(settings: DataSettings, split: Split) -> list[Any]:
@@ -181,7 +182,8 @@ def _prepare(settings: DataSettings, split: Split, tokenizer: PreTrainedTokenize
     counts = {side: packer.close() for side, packer in packers.items()}
     for side, count in counts.items():
         if not count.sequences:
-            raise no_sequence(side, count.tokens, settings.sequence_length)
+            source = split.own if side == "validation" and split.own else split.source
+            raise no_sequence(side, source.place, count.tokens, settings.sequence_length)
     values = {side: dataclasses.asdict(count) for side, count in counts.items()}
     if not settings.streaming:
         values["train"] |= left_out

@@ -34,7 +34,9 @@ def train_bpe(documents: Iterable[str], vocab_size: int, max_bytes: int) -> str:
     """
     smallest = _NUM_BYTES + len(_SPECIAL)
     if vocab_size < smallest:
-        raise UserError(f"data.vocab_size: {vocab_size}: a byte-level vocabulary needs at least {smallest}")
+        raise UserError(
+            f"`data.vocab_size` = {vocab_size}: must be at least {smallest} for a byte-level tokenizer; raise it"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,7 +68,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: not found, not readable, without an end token, or the sentencepiece extra is missing.
     """
-    place = f"data.tokenizer: {name}"
+    place = f"`data.tokenizer` = {name!r}"
     path = Path(name).expanduser()
     if path.suffix == ".model":
         tokenizer = _sentencepiece(path, place)

@@ -240,8 +240,9 @@ class TopologyUpdater:
         own = torch.tensor([bits.fingerprint(layer.mask) for layer in self.sparse.layers.values()])
         everybody = dist.gather_counts(own)
         for row, name in enumerate(self.sparse.layers):
-            column = everybody[:, row]
-            odd = [rank for rank, value in enumerate(column.tolist()) if value != int(column.mode().values)]
+            values = everybody[:, row].tolist()
+            most = max(values, key=values.count)  # of equally many, what the lowest rank has
+            odd = [rank for rank, value in enumerate(values) if value != most]
             if odd:
                 raise dist.agreed(
                     f"after the topology update of step {step} the mask of `{name}` on rank(s) {odd} differs from the "

@@ -112,9 +112,12 @@ def load(run: Path) -> RunRecords:
     if not config.is_file():
         raise UserError(f"{run} has no config.yaml: give the folder of a run")
     kinds: dict[str, list[Record]] = {"start": [], "train": [], "topology": [], "validation": [], "end": []}
-    for record in read_metrics(run / FILE_NAME):
-        kinds[record["kind"]].append(record)
+    trained = any((run / name).exists() for name in ("model", "checkpoints"))
+    for record in read_metrics(run / FILE_NAME) if (run / FILE_NAME).exists() or not trained else ():
+        kinds.setdefault(record["kind"], []).append(record)
     if not kinds["start"] or not kinds["train"]:
+        if trained:
+            raise UserError(f"{run / FILE_NAME} lacks the records of a run that has trained: put back a copy of it")
         raise UserError(f"{run / FILE_NAME} has no training record yet: wait for the first ones and try again")
     sparse = bool(kinds["start"][-1]["layers"])
     ended = bool(kinds["end"])
@@ -126,9 +129,16 @@ def load(run: Path) -> RunRecords:
         topology=kinds["topology"],
         validation=kinds["validation"],
         end=kinds["end"][-1] if ended else None,
-        first_links=read_topology(run, "topology_start") if sparse else None,
-        last_links=read_topology(run / "model") if sparse and ended else None,
+        first_links=_links(run, run, "topology_start") if sparse else None,
+        last_links=_links(run, run / "model", "topology") if sparse and ended else None,
     )
+
+
+def _links(run: Path, folder: Path, stem: str) -> Topology:
+    if lost := [path for path in (folder / f"{stem}.json", folder / f"{stem}.safetensors") if not path.is_file()]:
+        again = f"`llm-cht train {run / 'config.yaml'} --resume auto` writes it again"
+        raise UserError(f"{lost[0]} is missing: {again if stem == 'topology' else 'put back a copy of it'}")
+    return read_topology(folder, stem)
 
 
 def headlines(run: RunRecords) -> list[Headline]:

@@ -58,7 +58,9 @@ def _node_paths(links_UV: Tensor, workspace_mb: int, out: Tensor, beta: int) -> 
     piece_rows = max(1, min(_PIECE, room // 2) // num_nodes)
     rows = min(num_nodes, room // num_nodes - piece_rows)
     if rows < 1:
-        raise UserError(f"workspace_mb = {workspace_mb} is too small for a layer with {num_nodes} neurons; raise it")
+        raise UserError(
+            f"`method.workspace_mb` = {workspace_mb}: too small for a layer with {num_nodes} neurons; raise it"
+        )
     degree_U = links_UV.sum(dim=1)
     common = links_UV.new_empty(rows, num_nodes)
     for start in range(0, num_nodes, rows):

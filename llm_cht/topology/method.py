@@ -24,7 +24,7 @@ from llm_cht.topology.keys import Keys
 from llm_cht.topology.link import NEEDS_GRADIENT, PREDICTORS
 from llm_cht.topology.percolate import Group, QueryKey, percolate
 from llm_cht.topology.schedule import Anneal, Density, Temperature, Updates, density_window
-from llm_cht.topology.score import SCORES
+from llm_cht.topology.score import SCORES, Scored
 from llm_cht.topology.select import choose, choose_missing
 
 
@@ -33,7 +33,7 @@ class MethodSettings:
     """How the topology starts and evolves; null means: as the preset says."""
 
     preset: Literal["dense", "static", "set", "rigl", "chts", "chtss"] = "chts"
-    """Row of defaults for every setting below."""
+    """Row of defaults for every setting below; dense has no topology, and refuses settings of one."""
     sparsity: float = 0.9
     """Fraction of missing links at the end, in [0, 1)."""
     update_interval: int = 100
@@ -133,6 +133,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_SAYS_ONLY_WHEN = {"update_interval", "end_step", "density_end_step", "workspace_mb"}
+"""settings that a config for several presets may hold under dense too"""
+
+
 @dataclass(frozen=True)
 class Method:
     """A preset with its overrides, resolved against the length of a run."""
@@ -174,6 +178,9 @@ def resolve(settings: MethodSettings, total_steps: int) -> Method:
     """
     given = {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) is not None}
     full: Any = MethodSettings(**(PRESETS[settings.preset] | given))
+    if settings.preset == "dense":
+        _check_dense(full)
+        full = replace(full, sparsity=0.0)
     _check(full, total_steps)
     end_step = int(0.75 * total_steps) if full.end_step is None else full.end_step
     density_end = end_step if full.density_end_step is None else full.density_end_step
@@ -194,6 +201,18 @@ def resolve(settings: MethodSettings, total_steps: int) -> Method:
         temperature=Temperature(full.temperature_start, full.temperature_end, end_step, full.interpolate),
         density=Density(full.density, first if decays else final, final, start, end),
     )
+
+
+def _check_dense(full: Any) -> None:
+    """Refuse what would be silently without effect; a default, or what a dense run resolves it to, says nothing."""
+    untouched = MethodSettings(preset="dense", **PRESETS["dense"])
+    odd = {f.name: getattr(full, f.name) for f in fields(full) if f.name not in _SAYS_ONLY_WHEN}
+    odd = {key: value for key, value in odd.items() if value != getattr(untouched, key)}
+    if odd.get("sparsity") == 0:
+        del odd["sparsity"]
+    if odd:
+        named = ", ".join(f"`method.{key}` = {value!r}" for key, value in odd.items())
+        raise UserError(f"{named}: the preset dense has no topology; leave it out, or choose another `method.preset`")
 
 
 def _check(settings: Any, total_steps: int) -> None:
@@ -299,8 +318,9 @@ def active_neurons(
 def _decay(method: Method, weight: Tensor, mask: Tensor, target: int, keys: Keys) -> Tensor:
     if int(mask.count_nonzero()) <= target:
         return mask
-    score = SCORES[method.settings.pruning](weight, mask, None)
-    return _keep(score, mask, lambda of_links, index: choose(of_links, target, None, keys, "prune", index))
+    rule = method.settings.pruning
+    scored = Scored(f"`method.pruning` = {rule}", keys.layer, SCORES[rule](weight, mask, None), mask)
+    return _keep(scored, lambda of_links, index: choose(of_links, target, None, keys, "prune", index))
 
 
 def _remove(method: Method, weight: Tensor, mask: Tensor, keys: Keys, moment: Moment) -> Tensor:
@@ -308,16 +328,19 @@ def _remove(method: Method, weight: Tensor, mask: Tensor, keys: Keys, moment: Mo
     links = int(mask.count_nonzero())
     keep = links - math.floor(method.zeta(moment.step) * links)
     exponent = method.temperature(moment.step) if settings.removal_choice == "soft" else None
-    score = SCORES[settings.removal](weight, mask, None)
-    return _keep(score, mask, lambda of_links, index: choose(of_links, keep, exponent, keys, "remove", index))
+    rule = settings.removal
+    scored = Scored(f"`method.removal` = {rule}", keys.layer, SCORES[rule](weight, mask, None), mask)
+    return _keep(scored, lambda of_links, index: choose(of_links, keep, exponent, keys, "remove", index))
 
 
-def _keep(score_OI: Tensor, mask_OI: Tensor, choice: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _keep(scored: Scored, choice: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The mask of those links that ``choice`` takes, given the links' scores and flat indices."""
-    links = mask_OI.flatten().nonzero().squeeze(1)
-    kept = mask_OI.new_zeros(mask_OI.numel())
-    kept[links[choice(score_OI.flatten()[links], links)]] = True
-    return kept.view_as(mask_OI)
+    links = scored.mask_OI.flatten().nonzero().squeeze(1)
+    scores = scored.score_OI.flatten()[links]
+    scored.check_range(scores)
+    kept = scored.mask_OI.new_zeros(scored.mask_OI.numel())
+    kept[links[choice(scores, links)]] = True
+    return kept.view_as(scored.mask_OI)
 
 
 def _regrow(method: Method, mask: Tensor, gradient: Tensor | None, target: int, keys: Keys) -> Tensor:
@@ -328,6 +351,9 @@ def _regrow(method: Method, mask: Tensor, gradient: Tensor | None, target: int, 
     if missing == 0:
         return mask
     score = PREDICTORS[settings.regrowth](mask, gradient, settings.workspace_mb)
+    scored = Scored(f"`method.regrowth` = {settings.regrowth}", keys.layer, score, mask)
+    scored.check_range(score)
+    scored.check_zero_on_links()
     grown = mask.clone()
     grown.view(-1)[choose_missing(score, mask, missing, exponent, keys)] = True
     return grown

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from llm_cht import models
+from llm_cht.data import sources
 from llm_cht.data.settings import DataSettings
 from llm_cht.errors import UserError
+from llm_cht.files import absolute
 from llm_cht.models import ModelSettings
 from llm_cht.sparse.surgery import SparseSettings
 from llm_cht.topology.method import MethodSettings, resolve
@@ -104,9 +107,18 @@ class RunSettings:
 
 
 def resolved(settings: RunSettings) -> RunSettings:
-    """The settings with everything filled in that the preset and the length of the run decide."""
-    method = resolve(settings.method, settings.train.steps).settings
-    return replace(settings, method=method, lr=lr.resolved(settings.lr, settings.train.steps))
+    """The settings with everything filled in that the preset and the length of the run decide, and absolute paths.
+
+    A run written down so goes on from any working directory.
+    """
+    return replace(
+        settings,
+        run=absolute(settings.run),
+        model=models.with_absolute_paths(settings.model),
+        data=sources.with_absolute_paths(settings.data),
+        method=resolve(settings.method, settings.train.steps).settings,
+        lr=lr.resolved(settings.lr, settings.train.steps),
+    )
 
 
 def check(settings: RunSettings) -> None:
@@ -116,6 +128,8 @@ def check(settings: RunSettings) -> None:
         UserError: naming the key, its value and the remedy.
     """
     train = settings.train
+    if not settings.run:
+        raise UserError("`run` = '': names no folder; give one for what the run writes")
     positive = {
         "train.steps": train.steps,
         "train.batch_size": train.batch_size,
@@ -130,9 +144,9 @@ def check(settings: RunSettings) -> None:
     }
     for key, value in positive.items():
         if value is not None and value < 1:
-            raise UserError(f"`{key}` = {value}: must be at least 1")
+            raise UserError(f"`{key}` = {value}: must be at least 1; raise it")
     if not 0 <= settings.seed < 2**63:
-        raise UserError(f"`seed` = {settings.seed}: must lie between 0 and 2**63 - 1")
+        raise UserError(f"`seed` = {settings.seed}: must lie between 0 and 2**63 - 1; give another")
     if train.clip_norm is not None and not train.clip_norm > 0:
         raise UserError(f"`train.clip_norm` = {train.clip_norm}: must be above 0; null switches clipping off")
     micro = train.micro_batch_size or train.batch_size
@@ -141,6 +155,7 @@ def check(settings: RunSettings) -> None:
             f"`train.batch_size` = {train.batch_size} is no multiple of `train.micro_batch_size` = {micro}; "
             "change one of them"
         )
+    _check_length(settings)
     method = resolve(settings.method, train.steps)
     lr.check(settings.lr, train.steps)
     interval, rewarm = method.updates.interval, settings.lr.rewarm_steps
@@ -151,3 +166,14 @@ def check(settings: RunSettings) -> None:
         )
     settings.optimizer.check()
     settings.metrics.check()
+
+
+def _check_length(settings: RunSettings) -> None:
+    """Refuse a shorter resumed run: RUN/config.yaml has steps resolved into it that its user never set."""
+    ends = (settings.method.end_step, settings.method.density_end_step, settings.lr.warmup_steps)
+    latest = max((step for step in ends if step is not None), default=0)
+    if settings.resume is not None and latest > settings.train.steps:
+        raise UserError(
+            f"`train.steps` = {settings.train.steps}: the run to resume was longer (it has settings up to step "
+            f"{latest}), and a resumed run keeps its length; leave `train.steps` as it was, or start another run"
+        )

@@ -34,6 +34,8 @@ from llm_cht.train.state import collect, whole_weights
 from llm_cht.train.validate import Validation, count_targets, validate
 from llm_cht.train.watchdog import Watchdog
 
+_LINES = 20  # of progress in a log file
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -73,6 +75,7 @@ class Loop:
         self.density = 1.0
         self._saved: Path | None = None
         self._saved_step = -1
+        self._told_step = 0
 
     def begin(self) -> None:
         """Write down where a fresh run starts."""
@@ -215,6 +218,10 @@ class Loop:
         if progress.last_validation:
             shown["val ppl"] = f"{math.exp(min(progress.last_validation['loss'], 700)):.1f}"
         bar.set_postfix(shown, refresh=False)
+        total = self.settings.train.steps
+        if bar.disable and progress.step - self._told_step >= total / _LINES:  # no terminal: a line instead of a bar
+            self._told_step = progress.step
+            self.say(f"step {progress.step} of {total}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
 
     def _after_step(self, total: int, sound: bool) -> None:
         """Validation and checkpoint where they are due; the last step is left to ``_finish``.

@@ -63,10 +63,10 @@ class MetricsSettings:
     def check(self) -> None:
         """Raise ``UserError`` for values that cannot work, or when W&B is asked for and not installed."""
         if self.every < 1:
-            raise UserError(f"metrics.every is {self.every}: give a number of steps of at least 1")
+            raise UserError(f"`metrics.every` = {self.every}: must be at least 1 optimizer step; raise it")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise UserError(
-                f"metrics.peak_tflops is {self.peak_tflops}: give a positive number of TFLOP/s or leave it out"
+                f"`metrics.peak_tflops` = {self.peak_tflops}: must be above 0 TFLOP/s; raise it or leave it out"
             )
         if self.wandb_project is not None:
             _import_wandb(self.wandb_project)
@@ -187,6 +187,9 @@ class _EventFile:
         self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
 
+_EVERY_RECORD = (("kind", (str,)), ("step", (int,)), ("seconds", (int, float)))
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl``, in the order written.
 
@@ -203,6 +206,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number} is damaged: remove that line ({error})") from error
+        if not isinstance(record, dict) or any(type(record.get(key)) not in kinds for key, kinds in _EVERY_RECORD):
+            raise UserError(f"{path}, line {number} is no record of a run: remove that line")
         records.append(record)
     return records
 
@@ -304,8 +309,8 @@ def _import_wandb(project: str) -> Any:
         import wandb
     except ImportError as error:
         raise UserError(
-            f"metrics.wandb_project is {project!r} and the package wandb is not installed: "
-            "run `pip install llm-cht[wandb]` or remove the setting"
+            f"`metrics.wandb_project` = {project!r}: the package wandb is not installed; "
+            "run `pip install llm-cht[wandb]` or leave the setting out"
         ) from error
     return wandb
 

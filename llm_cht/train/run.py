@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from llm_cht.train.engine import EngineSettings, start_engine
 from llm_cht.train.environment import check_same
 from llm_cht.train.loop import Loop, Outcome, resume_command
 from llm_cht.train.metrics import MetricsLog
-from llm_cht.train.rundir import find_run, write_config
+from llm_cht.train.rundir import claimed, find_run, write_config
 from llm_cht.train.shared import check_shared
 from llm_cht.train.signals import StopSignals
 from llm_cht.train.state import restore
@@ -49,15 +49,15 @@ def train(settings: RunSettings, say: Callable[[str], None] = print) -> Outcome:
             _check_data(checkpoint.state["data_fingerprint"], built.data.fingerprint, str(checkpoint.path))
             restore(built.parts, checkpoint, settings.seed)
         say(f"resumed from {checkpoint.path}")
-    with dist.together():
-        if dist.is_main():
-            write_config(run, settings)
-    # until here a signal ends the program as usual: nothing is half done
-    with (
-        StopSignals(launched=dist.world_size() > 1) as signals,
-        _opened_log(run, settings, checkpoint) as log,
-        Watchdog(settings.train.timeout_s, resume_command(run), say_all) as watchdog,
-    ):
+    with ExitStack() as stack:
+        with dist.together():
+            if dist.is_main():
+                stack.enter_context(claimed(settings, checkpoint))
+                write_config(run, settings)
+        # until here a signal ends the program as usual: nothing is half done
+        signals = stack.enter_context(StopSignals(launched=dist.world_size() > 1))
+        log = stack.enter_context(_opened_log(run, settings, checkpoint))
+        watchdog = stack.enter_context(Watchdog(settings.train.timeout_s, resume_command(run), say_all))
         loop = Loop(built, run, log, signals, watchdog, say)
         if checkpoint is None:
             loop.begin()

@@ -111,11 +111,18 @@ def test_hub_data_set_with_wrong_names(hub_folder):
         list(hub_source(hub_folder, None, "train", "body", True).documents(0))
 
 
+def test_the_hub_is_not_asked_for_what_can_only_be_a_path(monkeypatch):
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=r"`data.tokenizer` = './nope': no such file or folder here; correct"):
+        reach("./nope", "tokenizer", "data.tokenizer")
+
+
 def test_hub_that_does_not_answer_or_know_the_name(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for error, words in {
-        httpx.ConnectError("no route"): r"data.source: some/set: .*cannot be reached \(no route\)",
-        HFValidationError("bad name"): "data.source: some/set: neither a file or folder here nor a data set",
+        httpx.ConnectError("no route"): r"`data.source` = 'some/set': .*cannot be reached \(no route\)",
+        HFValidationError("bad name"): "`data.source` = 'some/set': neither a file or folder here nor a data set",
     }.items():
 
         def ask(*_, error=error, **__):

@@ -136,16 +136,16 @@ def test_describe_says_what_there_is(settings):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"sequence_length": 1}, r"data\.sequence_length: 1"),
-        ({"validation_fraction": 0.0}, r"data\.validation_fraction: 0\.0"),
-        ({"validation_fraction": 1.0}, r"data\.validation_fraction: 1\.0"),
-        ({"validation_fraction": 1e-9}, "the validation documents have 0 tokens and one sequence needs 16"),
-        ({"sequence_length": 2000}, r"the validation documents have \d+ tokens and one sequence needs 2000"),
+        ({"sequence_length": 1}, r"`data\.sequence_length` = 1"),
+        ({"validation_fraction": 0.0}, r"`data\.validation_fraction` = 0\.0"),
+        ({"validation_fraction": 1.0}, r"`data\.validation_fraction` = 1\.0"),
+        ({"validation_fraction": 1e-9}, "the validation documents of .* have 0 tokens and one sequence needs 16"),
+        ({"sequence_length": 2000}, r"the validation documents of .* have \d+ tokens and one sequence needs 2000"),
         ({"sequence_length": 10**6, "validation_fraction": 0.5}, "tokens and one sequence needs 1000000"),
-        ({"vocab_size": 10}, r"data\.vocab_size: 10"),
-        ({"source": "nowhere.txt"}, "data.source: nowhere.txt: no such file"),
+        ({"vocab_size": 10}, r"`data\.vocab_size` = 10"),
+        ({"source": "nowhere.txt"}, "`data.source` = 'nowhere.txt': no such file"),
         ({"source": "no-such-set"}, "no-such-set"),
-        ({"validation": ["nowhere.txt"]}, "data.validation: nowhere.txt: no such file"),
+        ({"validation": ["nowhere.txt"]}, "`data.validation` = 'nowhere.txt': no such file"),
     ],
 )
 def test_what_cannot_work_is_refused_and_leaves_nothing(settings, change, words):
@@ -163,8 +163,18 @@ def test_bad_file_in_the_middle_is_named(settings, tmp_path):
 
 def test_training_without_a_full_sequence(settings, tmp_path):
     (tmp_path / "short.txt").write_text("two words")
-    with pytest.raises(UserError, match=r"the training documents have .* tokens and one sequence needs 16"):
+    with pytest.raises(UserError, match=r"the training documents of .* have .* tokens and one sequence needs 16"):
         prepared(settings, source=str(tmp_path / "short.txt"), validation=settings.source)
+
+
+def test_documents_without_text_are_named_with_their_file(settings, tmp_path):
+    path = tmp_path / "null.jsonl"
+    path.write_text('{"text": null}\n' * 50)
+    for streaming in (False, True):
+        with pytest.raises(UserError, match=rf"the training documents of `data.source` = {path} have 0 tokens"):
+            prepared(settings, source=str(path), validation=settings.source, streaming=streaming)
+    with pytest.raises(UserError, match=rf"the validation documents of `data.validation` = {path} have 0 tokens"):
+        prepared(settings, validation=str(path))
 
 
 def test_full_disk(settings):

@@ -46,7 +46,7 @@ def test_training_is_deterministic_and_stops_at_the_limit():
 
 
 def test_vocabulary_too_small_for_bytes():
-    with pytest.raises(UserError, match=r"data\.vocab_size: 100: .* at least 259"):
+    with pytest.raises(UserError, match=r"`data\.vocab_size` = 100: .* at least 259"):
         train_bpe(TEXTS, 100, 1000)
 
 
@@ -77,7 +77,7 @@ def test_tokenizers_that_are_not_there(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad.model").write_bytes(b"not a model")
     for name in ("no/such-tokenizer", tmp_path / "bad", tmp_path / "bad.model", tmp_path / "none.model"):
-        with pytest.raises(UserError, match=f"data.tokenizer: {name}"):
+        with pytest.raises(UserError, match=f"`data.tokenizer` = '{name}'"):
             load_tokenizer(str(name))
 
 

@@ -15,7 +15,8 @@ def make_run(folder: Path, preset: str, lr: float, seed: int, perplexity: float,
     config = {"method": {"preset": preset, "sparsity": 0.9}, "optimizer": {"lr": lr}, "seed": seed}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     summary = {"perplexity": perplexity, "average_density": 0.1, "seconds": 60.0}
-    record = {"kind": "end", "step": 9, "seconds": 1, "summary": summary} if ended else {"kind": "start", "step": 0}
+    record = {"kind": "end", "step": 9, "seconds": 1, "summary": summary}
+    record = record if ended else {"kind": "start", "step": 0, "seconds": 0}
     (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     return folder
 

@@ -177,6 +177,32 @@ def test_folders_that_are_no_run_are_refused(tmp_path):
     assert not (run / "report.html").exists()
 
 
+def test_what_a_finished_run_has_lost_is_named(tmp_path):
+    run = make_run(tmp_path / "run")
+    for stem, remedy in (
+        ("model/topology.json", rf"`llm-cht train {run}/config.yaml --resume auto` writes it again"),
+        ("topology_start.safetensors", "put back a copy"),
+        ("metrics.jsonl", "a run that has trained: put back a copy"),
+    ):
+        content = (run / stem).read_bytes()
+        (run / stem).unlink()
+        with pytest.raises(UserError, match=f"{run / stem}.*{remedy}"):
+            write_report(run)
+        (run / stem).write_bytes(content)
+    (run / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(UserError, match=r"metrics\.jsonl.* a run that has trained: put back a copy"):
+        write_report(run)
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", "{}", '{"kind": [1], "step": 1, "seconds": 1}', '{"kind": "train"}'])
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    run = make_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:3], line, *lines[3:]]))
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 4 is no record of a run: remove that line"):
+        write_report(run)
+
+
 def test_page_that_cannot_be_written_is_one_clear_error(tmp_path):
     run = make_run(tmp_path / "run", "dense")
     (run / "report.html").mkdir()

@@ -91,7 +91,7 @@ def test_blocks_do_not_matter():
 
 
 def test_a_workspace_too_small_for_one_row_is_refused():
-    with pytest.raises(UserError, match="workspace_mb = 1 is too small for a layer with 200000 neurons"):
+    with pytest.raises(UserError, match=r"`method.workspace_mb` = 1: too small for a layer with 200000 neurons"):
         ch2_l3n(torch.ones(1, 200_000, dtype=torch.bool), None, 1)
 
 

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from llm_cht.errors import UserError
 from llm_cht.topology.budget import num_links
 from llm_cht.topology.keys import Keys
+from llm_cht.topology.link import PREDICTORS
 from llm_cht.topology.method import PRESETS, Inputs, MethodSettings, Moment, active_neurons, resolve, update_group
 from llm_cht.topology.percolate import Group, Mlp
+from llm_cht.topology.score import SCORES
 
 GROUP = Group("mlp", ("gate", "up", "down"), (Mlp(("gate", "up"), "down"),))
 NONE: frozenset[str] = frozenset()
@@ -148,6 +150,21 @@ def test_every_preset_sets_every_open_field():
         assert set(row) == open_fields
 
 
+def test_dense_refuses_settings_of_a_topology():
+    message = (
+        r"`method.sparsity` = 0.5, `method.zeta` = 0.2, `method.regrowth` = 'ch2_l3n': the preset dense has no top"
+    )
+    with pytest.raises(UserError, match=message):
+        resolve(MethodSettings("dense", sparsity=0.5, zeta=0.2, regrowth="ch2_l3n"), 100)
+
+
+def test_dense_takes_what_it_resolves_to_and_what_only_says_when():
+    dense = resolve(MethodSettings("dense", update_interval=20, end_step=50, workspace_mb=64), 100)
+    assert (dense.settings.sparsity, dense.density(0)) == (0.0, 1.0)
+    assert not any(dense.due(step) for step in range(101))
+    assert resolve(dense.settings, 100) == dense
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -168,3 +185,40 @@ def test_every_preset_sets_every_open_field():
 def test_settings_that_cannot_work(overrides, message):
     with pytest.raises(UserError, match=message):
         resolve(MethodSettings(**({"preset": "chtss", "update_interval": 10} | overrides)), total_steps=100)
+
+
+def _broken_at(score, position):
+    def rule(*inputs):
+        mask = inputs[0] if inputs[0].dtype == torch.bool else inputs[1]
+        result = torch.where(mask, 0.0, 1.0) if mask is inputs[0] else torch.ones(mask.shape)
+        result[tuple(torch.nonzero(mask == position)[0])] = score
+        return result
+
+    return rule
+
+
+RULES = {
+    "score on a link": ("regrowth", _broken_at(1.0, True), "is not 0 on 1 existing links"),
+    "negative": ("regrowth", _broken_at(-1.0, False), "runs from -1 to 1, not from 0"),
+    "infinite": ("regrowth", _broken_at(math.inf, False), "runs from 0 to inf"),
+    "NaN": ("regrowth", _broken_at(math.nan, False), "runs from nan to nan"),
+    "shape": ("regrowth", lambda mask, *_: torch.zeros(mask.numel()), r"has shape \(960,\) .*, not \(40, 24\)"),
+    "type": ("regrowth", lambda mask, *_: ~mask, r"has shape \(40, 24\) and torch.bool, not .* a float type"),
+    "negative removal score": ("removal", _broken_at(-2.0, True), "runs from -2 to 1"),
+    "removal score NaN": ("removal", _broken_at(math.nan, True), "runs from nan to nan"),
+    "pruning score infinite": ("pruning", _broken_at(math.inf, True), "runs from 1 to inf"),
+    "removal shape": ("removal", lambda weight, *_: weight.abs().T, r"has shape \(24, 40\) .*, not \(40, 24\)"),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_a_rule_that_breaks_its_contract_is_named(case, monkeypatch):
+    kind, rule, fault = RULES[case]
+    monkeypatch.setitem(PREDICTORS if kind == "regrowth" else SCORES, "mine", rule)
+    with pytest.raises(UserError, match=rf"`method.{kind}` = mine: its score of `gate` {fault}.*; correct"):
+        next(run("chtss", updates=1, **{kind: "mine"}))
+
+
+def test_a_removal_score_may_be_anything_where_there_is_no_link(monkeypatch):
+    monkeypatch.setitem(SCORES, "mine", _broken_at(math.nan, False))
+    next(run("chtss", updates=1, removal="mine", pruning="mine"))

@@ -79,7 +79,7 @@ print(math.exp(total / count))
 @pytest.mark.parametrize("accumulated", [False, True])
 def test_the_dense_preset_equals_a_plain_loop_over_stock_transformers(tmp_path, accumulated):
     train = {"steps": 12, "micro_batch_size": 2 if accumulated else None}
-    config = tiny_config(tmp_path, method={"preset": "dense"}, train=train)
+    config = tiny_config(tmp_path, method={"preset": "dense", "sparsity": 0.0}, train=train)
     assert main(["train", str(config)]) == 0
     settings = parse(RunSettings, "x", [str(config)])
 

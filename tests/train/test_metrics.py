@@ -97,10 +97,13 @@ def test_truncate_takes_back_the_end_and_with_minus_one_everything(tmp_path):
 
 def test_only_the_last_line_may_be_torn(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"kind": "train", "step": 1}\n{"kind": "st\xc3')
+    path.write_bytes(b'{"kind": "train", "step": 1, "seconds": 0.5}\n{"kind": "st\xc3')
     assert len(read_metrics(path)) == 1
     path.write_text('{"kind": "tr\n{"kind": "train", "step": 1}\n')
     with pytest.raises(UserError, match="line 1 is damaged"):
+        read_metrics(path)
+    path.write_text('{"kind": "train", "step": 1, "seconds": 0.5}\n5\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is no record of a run"):
         read_metrics(path)
     with pytest.raises(UserError, match="does not exist"):
         read_metrics(tmp_path / "other")
@@ -108,7 +111,7 @@ def test_only_the_last_line_may_be_torn(tmp_path):
 
 @pytest.mark.parametrize("settings", [MetricsSettings(every=0), MetricsSettings(peak_tflops=0.0)])
 def test_impossible_settings_are_refused(settings, tmp_path):
-    with pytest.raises(UserError, match=r"metrics\."):
+    with pytest.raises(UserError, match=r"`metrics\.\w+` = 0"):
         MetricsLog(tmp_path, settings)
     assert not list(tmp_path.iterdir())
 
