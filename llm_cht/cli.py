@@ -6,11 +6,13 @@ The commands import what they need when they are called, so that ``--help`` does
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -25,6 +27,7 @@ usage: llm-cht COMMAND ...
   llm-cht train CONFIG.yaml [--section.key value ...]     train a model (`llm-cht train --help` lists the settings)
   llm-cht prepare CONFIG.yaml [--section.key value ...]   build tokenizer and token cache, and say what is in them
   llm-cht report RUN                                      write RUN/report.html
+  llm-cht export RUN FOLDER [--dtype bfloat16]            write the model of a run's (or one) checkpoint to a folder
 
 `llm-cht --version` prints the version.
 A run is stopped by CTRL-C and goes on by `llm-cht train RUN/config.yaml --resume auto`."""
@@ -128,12 +131,36 @@ def _report(arguments: Sequence[str]) -> None:
     print(write_report(Path(arguments[0])))
 
 
+def _export(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser("llm-cht export", description="Write the model of a checkpoint to a folder.")
+    parser.error = _refuse  # type: ignore[method-assign]
+    parser.add_argument("place", metavar="RUN", help="a run (its newest good checkpoint) or RUN/checkpoints/step-...")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="what `from_pretrained` of transformers then loads")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    options = parser.parse_args(arguments)
+    import torch
+
+    from llm_cht.train.export import export
+
+    checkpoint = export(options.place, options.folder, getattr(torch, options.dtype))
+    print(f"{options.folder}: the model of {checkpoint}, in {options.dtype}")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"llm-cht export: {message}; usage: llm-cht export RUN FOLDER [--dtype bfloat16]")
+
+
 def _say(text: str) -> None:
     """A line that does not tear the progress bar."""
     tqdm.write(text, file=sys.stderr)
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "prepare": _prepare, "report": _report}
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "prepare": _prepare,
+    "report": _report,
+    "export": _export,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

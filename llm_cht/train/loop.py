@@ -24,13 +24,14 @@ from llm_cht import config, dist
 from llm_cht.data.text import unigram_perplexity
 from llm_cht.errors import UserError
 from llm_cht.files import disk_errors
-from llm_cht.sparse.folder import Topology, save_model_folder, write_topology
+from llm_cht.sparse.folder import write_topology
 from llm_cht.train import lr
 from llm_cht.train.build import Built
 from llm_cht.train.checkpoint import CheckpointStore
+from llm_cht.train.export import TOKENIZER, described, write_model
 from llm_cht.train.metrics import Meter, MetricsLog, peak_tflops
 from llm_cht.train.signals import StopSignals
-from llm_cht.train.state import collect, whole_weights
+from llm_cht.train.state import collect
 from llm_cht.train.validate import Validation, count_targets, validate
 from llm_cht.train.watchdog import Watchdog
 
@@ -80,6 +81,9 @@ class Loop:
     def begin(self) -> None:
         """Write down where a fresh run starts."""
         with dist.together():
+            if dist.is_main():
+                with disk_errors(self.run / TOKENIZER, 0, "There is no checkpoint yet."):
+                    self.built.data.tokenizer.save_pretrained(self.run / TOKENIZER)
             if self.built.updater and dist.is_main():
                 masks = self.built.updater.masks
                 needed = sum(mask.numel() for mask in masks.values()) // 8
@@ -268,6 +272,7 @@ class Loop:
         """Write a checkpoint; no signal interrupts it."""
         self.watchdog.enter(self.progress.step, "save")
         tensors, values = collect(self.built.parts)
+        values["model"] = described(self.built.model)
         values["settings"] = yaml.safe_load(config.dump(self.settings))
         values["data_fingerprint"] = self.built.data.fingerprint
         with self.signals.hold():
@@ -276,11 +281,6 @@ class Loop:
                 self.progress.step,
             )
             return self._saved
-
-    def _topology(self) -> Topology:
-        updater, progress = self.built.updater, self.progress
-        masks = updater.masks if updater else {}
-        return Topology(masks, self.settings.method.preset, progress.step)
 
     def _finish(self) -> dict[str, Any]:
         """Full validation, last checkpoint, export, summary."""
@@ -303,7 +303,7 @@ class Loop:
         return summary
 
     def _export(self) -> None:
-        """The model folder, from the checkpoint that was just saved: there the weights are whole under every engine."""
+        """The model folder, from the checkpoint that was just saved."""
         built, dtype = self.built, getattr(torch, self.settings.checkpoint.export_dtype)
         assert self._saved is not None
         with self.signals.hold():
@@ -311,5 +311,4 @@ class Loop:
             checkpoint = self.store.load(self._saved)
             with dist.together(patient=True):
                 if dist.is_main():
-                    weights, topology = whole_weights(checkpoint), self._topology()
-                    save_model_folder(self.run / "model", built.model, weights, built.data.tokenizer, topology, dtype)
+                    write_model(checkpoint, built.data.tokenizer, self.run / "model", dtype)

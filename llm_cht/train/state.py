@@ -91,11 +91,6 @@ def restore(parts: Parts, checkpoint: Checkpoint, seed: int) -> None:
     restore_random_state(checkpoint, seed)
 
 
-def whole_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights of a checkpoint by name, in fp32 as the optimizer had them, on the CPU."""
-    return {name: checkpoint.tensor("model", name) for name in sorted(checkpoint.names("model"))}
-
-
 def _weights_and_moments(parts: Parts) -> tuple[Group, Group]:
     weights: dict[str, Tensor | Piece] = {}
     moments: dict[str, Tensor | Piece] = {}

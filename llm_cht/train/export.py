@@ -1,0 +1,72 @@
+"""A plain Hugging Face folder from a checkpoint: whatever engine trained it, there the weights are whole, in fp32.
+
+The end of a run writes its folder this way, and so does ``llm-cht export`` on any checkpoint, on a machine without GPUs
+and in one process. Rejected: gathering the weights of live ranks (a second way, different under every engine, that
+needs the memory of all weights beside the training's).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from llm_cht.errors import UserError
+from llm_cht.sparse.folder import Topology, save_model_folder
+from llm_cht.topology import bits
+from llm_cht.train.checkpoint import Checkpoint, resolve
+
+TOKENIZER = "tokenizer"
+"""folder of the tokenizer in that of a run"""
+
+
+def described(model: Any) -> dict[str, Any]:
+    """What makes an empty model of the same kind, as JSON values."""
+    configs = {"config": model.config, "generation_config": model.generation_config}
+    return {key: json.loads(config.to_json_string(use_diff=False)) for key, config in configs.items() if config}
+
+
+def write_model(checkpoint: Checkpoint, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write the model of a checkpoint to ``folder``, its weights in ``dtype``, whole or not at all.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+    description = checkpoint.state["model"]
+    config = AutoConfig.for_model(**description["config"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if "generation_config" in description:
+        model.generation_config = GenerationConfig.from_dict(description["generation_config"])
+    shapes = {name: checkpoint.shape("model", f"{name}.weight") for name in _sparse(checkpoint)}
+    masks = {name: bits.unpack(checkpoint.tensor("topology", f"mask.{name}"), shape) for name, shape in shapes.items()}
+    preset = checkpoint.state["settings"]["method"]["preset"]
+    weights = checkpoint.tensors("model")
+    save_model_folder(folder, model, weights, tokenizer, Topology(masks, preset, checkpoint.step), dtype)
+
+
+def export(place: str, folder: Path, dtype: torch.dtype) -> Path:
+    """Write the model of a checkpoint, or of the newest good one of a run, to ``folder``; returns the checkpoint.
+
+    Raises:
+        UserError: no intact checkpoint there, or one of an older version; ``folder`` holds something else.
+    """
+    checkpoint = resolve(place, Path(place) / "checkpoints", print)
+    if checkpoint is None:
+        raise UserError(f"no checkpoint in {place}: give a run folder or a step-... folder in it")
+    tokenizer = checkpoint.path.parent.parent / TOKENIZER
+    if "model" not in checkpoint.state or not tokenizer.is_dir():
+        raise UserError(
+            f"{checkpoint.path} was saved by an older version, or its run has lost the folder `{TOKENIZER}`; "
+            "resume the run to its end, which writes RUN/model"
+        )
+    write_model(checkpoint, AutoTokenizer.from_pretrained(tokenizer), folder, dtype)
+    return checkpoint.path
+
+
+def _sparse(checkpoint: Checkpoint) -> list[str]:
+    names = checkpoint.names("topology") if "topology" in checkpoint.groups else set()
+    return sorted(name.removeprefix("mask.") for name in names if name.startswith("mask."))
