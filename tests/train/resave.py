@@ -1,6 +1,6 @@
 """Every rank: load the newest checkpoint of a run as a resume does, save it again at once, then update the topology.
 
-``resave.py CONFIG OUT``: the checkpoint goes to OUT/checkpoints, the digest of the masks after the update to OUT/digest.
+``resave.py CONFIG OUT``: the checkpoint goes to OUT/checkpoints, the digest of the masks after it to OUT/digest.
 """
 
 import sys
