@@ -1,6 +1,6 @@
 """Every rank: load the newest checkpoint of a run as a resume does, save it again at once, then update the topology.
 
-``resave.py CONFIG OUT``: the checkpoint goes to OUT/checkpoints, the digest of the masks after it to OUT/digest.
+``resave.py RUN OUT``: the checkpoint goes to OUT/checkpoints, the digest of the masks after it to OUT/digest.
 """
 
 import sys
@@ -17,8 +17,8 @@ from llm_cht.train.rundir import find_run
 from llm_cht.train.state import collect, restore
 
 if __name__ == "__main__":
-    config, out = sys.argv[1], Path(sys.argv[2])
-    settings = resolved(parse(RunSettings, "resave", [config, "--resume", "auto"]))
+    run, out = Path(sys.argv[1]), Path(sys.argv[2])
+    settings = resolved(parse(RunSettings, "resave", [str(run / "config.yaml"), "--run", str(run), "--resume", "auto"]))
     engine = start_engine(_engine_settings(settings))
     _, checkpoint = find_run(settings, print)
     assert checkpoint is not None
