@@ -1,8 +1,8 @@
 """What a rank of ``test_rank_faults.py`` runs: ``launch/train.py``, with a fault that one rank meets for real.
 
 ``LLM_CHT_TEST_FAULT`` is JSON: at call number ``call`` of the function ``at`` ("module:name"), rank ``rank`` does
-``do`` to itself: kill, stop, sleep, a full disk, a signal. Ranks that a launcher starts again meet no fault. Where
-``note`` is given, the moment is written there.
+``do`` to itself: kill, stop, sleep, a full disk, a flipped bit, a signal. Ranks that a launcher starts again meet no
+fault. Where ``note`` is given, the moment is written there.
 """
 
 import importlib
@@ -19,21 +19,27 @@ from typing import Any
 from llm_cht.cli import main
 
 
-def full_disk() -> None:
+def full_disk(*_: Any) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # Python ignores SIGXFSZ
 
 
-def send(number: signal.Signals) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
+def flip_bit(updater: Any, *_: Any) -> None:
+    """Of a mask, as faulty memory would."""
+    next(iter(updater.masks.values())).view(-1)[7] ^= True
 
 
-DEEDS: dict[str, Callable[[], None]] = {
+def send(number: signal.Signals) -> Callable[..., None]:
+    return lambda *_: os.kill(os.getpid(), number)
+
+
+DEEDS: dict[str, Callable[..., None]] = {
     "kill": send(signal.SIGKILL),
     "stop": send(signal.SIGSTOP),
     "term": send(signal.SIGTERM),
     "usr1": send(signal.SIGUSR1),
-    "sleep": lambda: time.sleep(6),
+    "sleep": lambda *_: time.sleep(6),
     "full disk": full_disk,
+    "flip": flip_bit,
 }
 
 
@@ -52,7 +58,7 @@ def plant(fault: dict[str, Any]) -> None:
         if calls == fault["call"]:
             if "note" in fault:
                 Path(fault["note"]).write_text(str(time.time()))
-            DEEDS[fault["do"]]()
+            DEEDS[fault["do"]](*arguments)
         return original(*arguments, **options)
 
     setattr(holder, last, faulty)

@@ -64,19 +64,15 @@ class Launched:
                 raise AssertionError(f"no end within {seconds} s:\n{process.communicate()[0]}") from None
         return [process.returncode for process in self.processes], outputs
 
-    def living(self) -> list[int]:
-        """Process ids of all that belongs to the run."""
-        return [process for process, _ in self._members()]
-
-    def rank(self, number: int) -> int:
-        """Process id of a rank; waits until it is there."""
-        end = time.monotonic() + 100
-        while time.monotonic() < end:
-            for process, environment in self._members():
-                if f"RANK={number}".encode() in environment:
-                    return process
-            time.sleep(0.05)
-        raise AssertionError(f"rank {number} did not start")
+    def living(self, *marks: str) -> list[int]:
+        """Process ids of all that belongs to the run, or of those with ``marks`` in their environment."""
+        living, wanted = [], {mark.encode() for mark in (f"{_TOKEN}={self._token}", *marks)}
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit():
+                with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+                    if wanted <= set((folder / "environ").read_bytes().split(b"\0")):  # empty once it is a zombie
+                        living.append(int(folder.name))
+        return living
 
     def kill(self) -> None:
         """Kill every process of the run."""
@@ -85,16 +81,6 @@ class Launched:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
             time.sleep(0.05)
-
-    def _members(self) -> list[tuple[int, list[bytes]]]:
-        members, mark = [], f"{_TOKEN}={self._token}".encode()
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit():
-                with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
-                    environment = (folder / "environ").read_bytes().split(b"\0")  # empty once it is a zombie
-                    if mark in environment:
-                        members.append((int(folder.name), environment))
-        return members
 
 
 def launch(engine: str, *arguments: str | Path, fault: dict[str, Any] | None = None, restarts: int = 0) -> Launched:
@@ -105,10 +91,15 @@ def launch(engine: str, *arguments: str | Path, fault: dict[str, Any] | None = N
     return Launched([[*launcher, str(RANK), *map(str, arguments)]], [{"LLM_CHT_TEST_FAULT": json.dumps(fault)}])
 
 
-def by_hand(of_rank: list[list[str | Path]], environments: list[dict[str, str]] | None = None) -> Launched:
+def by_hand(
+    of_rank: list[list[str | Path]],
+    fault: dict[str, Any] | None = None,
+    environments: list[dict[str, str]] | None = None,
+) -> Launched:
     """A process per rank, with nothing but the environment to find each other; ``of_rank`` are their arguments."""
     size = str(len(of_rank))
     common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    common["LLM_CHT_TEST_FAULT"] = json.dumps(fault)
     own = environments or [{} for _ in of_rank]
     return Launched(
         [[sys.executable, str(RANK), *map(str, arguments)] for arguments in of_rank],
