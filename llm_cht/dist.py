@@ -11,6 +11,7 @@ While data are prepared one rank may wait hours for another, hence ``patient``.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,9 @@ from torch import Tensor
 from llm_cht.errors import UserError
 
 _DAY = timedelta(days=1)
+_LOST = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|remote process|network error", re.I
+)
 _groups: dict[str, dist.ProcessGroup] = {}
 
 
@@ -122,6 +126,18 @@ def agreed(message: str) -> UserError:
     error = UserError(message)
     error.everywhere = True
     return error
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether an exception is what a collective raises when a peer is gone or does not answer.
+
+    Torch has no class for it: gloo raises plain RuntimeErrors. A mismatch of shapes and the like is a defect.
+    """
+    if isinstance(error, UserError):
+        return False
+    if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+        return True
+    return error.__cause__ is not None and lost_connection(error.__cause__)
 
 
 def close() -> None:

@@ -32,6 +32,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from llm_cht import dist
 from llm_cht.errors import UserError
 from llm_cht.evolve.shards import Shards, Whole, Zero3, Zero12
+from llm_cht.train.rendezvous import init_method, meeting
 
 Precision = Literal["bf16", "fp32", "pure_bf16"]
 
@@ -178,7 +179,7 @@ def start_engine(settings: EngineSettings) -> Engine:
 
     Raises:
         UserError: CUDA is asked for where there is none; a launcher's option that cannot work; batch sizes that do not
-            divide among the ranks.
+            divide among the ranks; a rank that did not come.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("`train.device` = cuda: torch sees no CUDA device here; use `--train.device cpu` or auto")
@@ -190,15 +191,18 @@ def start_engine(settings: EngineSettings) -> Engine:
     # gloo must be named for DeepSpeed on a CPU, else its ranks train while accelerate believes that each is alone
     group = InitProcessGroupKwargs(
         backend="gloo" if on_cpu and deepspeed else None,
+        init_method=init_method(),
         timeout=timedelta(seconds=settings.timeout_s + _COLLECTIVE_MARGIN_S),
     )
     # masks are buffers: equal by construction, and too large to be sent at every step
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        mixed_precision="no", cpu=on_cpu and not deepspeed, gradient_accumulation_steps=1, kwargs_handlers=[group, ddp]
-    )
-    _check_world(accelerator)
-    dist.open_control(settings.timeout_s)
+    on_cpu_alone = on_cpu and not deepspeed
+    with meeting():
+        accelerator = Accelerator(
+            mixed_precision="no", cpu=on_cpu_alone, gradient_accumulation_steps=1, kwargs_handlers=[group, ddp]
+        )
+        _check_world(accelerator)
+        dist.open_control(settings.timeout_s)
     engine = Engine(accelerator, settings)
     _check_batch(settings)
     if deepspeed:

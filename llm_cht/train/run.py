@@ -1,7 +1,7 @@
 """A run from its settings to its end: checks, start of the engine, build or resume, the loop.
 
 On many ranks whatever may fail on one of them alone is done together: all go on, or all raise the same ``UserError``.
-From the first step on a watchdog ends all ranks when one is lost.
+From the moment they have found each other a watchdog ends all ranks when one is lost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llm_cht.errors import UserError
 from llm_cht.train.build import build
 from llm_cht.train.checkpoint import Checkpoint
 from llm_cht.train.config import RunSettings, check, resolved
-from llm_cht.train.engine import EngineSettings, start_engine
+from llm_cht.train.engine import Engine, EngineSettings, start_engine
 from llm_cht.train.environment import check_same
 from llm_cht.train.loop import Loop, Outcome, resume_command
 from llm_cht.train.metrics import MetricsLog
@@ -39,7 +39,13 @@ def train(settings: RunSettings, say: Callable[[str], None] = print) -> Outcome:
     check(settings)
     settings = resolved(_resumed_by_launcher(settings))
     engine = start_engine(_engine_settings(settings))
-    say_all, say = say, say if dist.is_main() else _silent
+    with Watchdog(settings.train.timeout_s, resume_command(Path(settings.run)), say) as watchdog:
+        outcome = _train(settings, engine, watchdog, say if dist.is_main() else _silent)
+    dist.close()
+    return outcome
+
+
+def _train(settings: RunSettings, engine: Engine, watchdog: Watchdog, say: Callable[[str], None]) -> Outcome:
     check_same(config.flat(yaml.safe_load(config.dump(settings))))
     check_shared(Path(settings.run))
     run, checkpoint = find_run(settings, say)
@@ -57,13 +63,11 @@ def train(settings: RunSettings, say: Callable[[str], None] = print) -> Outcome:
         # until here a signal ends the program as usual: nothing is half done
         signals = stack.enter_context(StopSignals(launched=dist.world_size() > 1))
         log = stack.enter_context(_opened_log(run, settings, checkpoint))
-        watchdog = stack.enter_context(Watchdog(settings.train.timeout_s, resume_command(run), say_all))
         loop = Loop(built, run, log, signals, watchdog, say)
         if checkpoint is None:
             loop.begin()
         outcome = loop.run_to_end()
         dist.gather(None, patient=True)  # nobody leaves while another still needs it
-    dist.close()
     return outcome
 
 

@@ -145,7 +145,7 @@ def _load_moments(parts: Parts, checkpoint: Checkpoint) -> None:
     keys = {key.rpartition(".")[2] for key in saved}
     step = max(float(checkpoint.tensor("optimizer", key)) for key in saved if key.endswith(".step"))
     trained = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
-    parts.shards.make_moments(trained.values(), keys - {"step"}, step)
+    parts.shards.make_moments(trained.values(), sorted(keys - {"step"}), step)
     for name, parameter in trained.items():
         part = parts.shards.fragment(parameter)
         if part is not None:

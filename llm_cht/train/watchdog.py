@@ -20,26 +20,25 @@ A stopped rank is left to the launcher, or ends itself when it runs on.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import re
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import NoReturn
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
 
 from llm_cht import dist
-from llm_cht.errors import UserError
 from llm_cht.train.peers import Peers, Word, connect
+from llm_cht.train.rendezvous import meeting
 
 _CODE = 1
+_GRACE_S = 5.0  # longer than it takes to find and name who is gone, and shorter than launchers wait
 _NAMED = 8  # of many blamed ranks, so many are named
 _SPEAKERS = 10
-_LOST = re.compile(
-    r"connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|remote process|network error", re.I
-)
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ class Place:
     """of step or phase since the start"""
     calls: int = 0
     """of ``enter`` since the start"""
-    limit_s: float = 0.0
-    """how long it may be here without progress"""
+    limit_s: float = math.inf
+    """how long it may be here without progress; the start has no limit, since data may be prepared for hours"""
     seconds: float = 0.0
     """since the last ``enter``"""
     waits: bool = False
@@ -62,7 +61,9 @@ class Place:
     """module and line, of ours"""
 
     def __str__(self) -> str:
-        return f"step {self.step}" if self.phase == "step" else f"the {self.phase} of step {self.step}"
+        if self.phase in ("start", "step"):
+            return f"step {self.step}" if self.phase == "step" else "the start"
+        return f"the {self.phase} of step {self.step}"
 
 
 @dataclass
@@ -95,7 +96,7 @@ class Group:
 
 
 class Watchdog:
-    """Context manager around the training loop of every rank; alone it does nothing.
+    """Context manager around start and training loop of every rank; alone it does nothing.
 
     An exception from a collective that lost its peer does not leave the block: the process ends with code 1 and the
     message of the rank that speaks. Every other exception leaves it, and the others then learn of this rank's end.
@@ -112,7 +113,7 @@ class Watchdog:
         self.silent_s = 5 * self.beat_s
         self.warn_s = min(60.0, timeout_s / 4)
         self._me = dist.rank()
-        self._place, self._since = Place(limit_s=timeout_s), time.monotonic()
+        self._place, self._since = Place(), time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._watched = threading.get_ident()
         self._closing = threading.Event()
@@ -121,6 +122,7 @@ class Watchdog:
         self._suspected: dict[tuple[int, ...], float] = {}  # since when
         self._peers: Peers | None = None
         self._seen: dict[int, Seen] = {}
+        self._old_handler: Any = None
 
     def enter(self, step: int, phase: str, allowance: float = 1.0) -> None:
         """Say where this rank is; again in the same place: that it makes progress. Costs a microsecond.
@@ -137,7 +139,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if dist.world_size() == 1:
             return self
-        peers = connect()
+        with meeting():
+            peers = connect()
         if isinstance(peers, str):
             if dist.is_main():
                 self.say(
@@ -150,14 +153,25 @@ class Watchdog:
             self._seen[rank] = Seen(name, self._place, now)
         self._peers, self._since = peers, now
         self._thread.start()
+        if threading.current_thread() is threading.main_thread():
+            self._old_handler = signal.signal(signal.SIGTERM, self._terminated)
         return self
+
+    def _terminated(self, number: int, frame: FrameType | None) -> None:
+        """SIGTERM outside of ``StopSignals`` ends this process, but a launcher sends it because another rank is gone.
+
+        Who is to say so must live long enough for it.
+        """
+        time.sleep(_GRACE_S)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._peers is None:
             return
-        if isinstance(error, Exception) and lost_connection(error):
+        if isinstance(error, Exception) and dist.lost_connection(error):
             self._failed = (time.monotonic(), _first_line(error))
             self._thread.join()  # which ends the process
         self._closing.set()
@@ -166,6 +180,8 @@ class Watchdog:
         self._peers.send({"left": None if error is None else f"{type(error).__name__}: {_first_line(error)}"})
         self._peers.close()
         self._peers = None
+        if self._old_handler is not None:
+            signal.signal(signal.SIGTERM, self._old_handler)
 
     def _watch(self) -> None:
         assert self._peers is not None
@@ -242,7 +258,7 @@ class Watchdog:
         """Once per place, by one rank, where somebody in particular is waited for and has made no progress."""
         own = self._seen[self._me]
         others = [rank for rank, seen in self._seen.items() if not seen.done and rank not in group.named]
-        if own.place.changes == self._warned or others[:1] != [self._me]:
+        if own.place.changes == self._warned or others[:1] != [self._me] or math.isinf(own.place.limit_s):
             return
         self._warned = own.place.changes
         told = []
@@ -287,10 +303,11 @@ class Watchdog:
             if self._failed is not None:
                 why = "a collective failed"
                 told.append(self._failed[1])
-        return (
-            f"error: the run ended in {own.place}, because {why}:\n  {_listed(told)}\n"
-            f"Its checkpoints are whole; go on from the last one with: {self.resume_command}"
-        )
+        if own.place.phase == "start":
+            kept = "No step was taken and no checkpoint touched; start it again as before"
+        else:
+            kept = f"Its checkpoints are whole; go on from the last one with: {self.resume_command}"
+        return f"error: the run ended in {own.place}, because {why}:\n  {_listed(told)}\n{kept}"
 
     def _accuse(self, seen: Seen, now: float) -> str:
         place, silence = seen.place, now - seen.heard
@@ -327,18 +344,6 @@ def suspects(present: dict[int, Seen], now: float, silent_s: float) -> list[Grou
     slow = [rank for rank, place in places.items() if place.calls == fewest]
     named = next((ranks for ranks in (busy, slow) if 0 < len(ranks) < len(places)), list(places))
     return [*groups, Group(named, list(places))]
-
-
-def lost_connection(error: BaseException) -> bool:
-    """Whether an exception is what a collective raises when a peer is gone or does not answer.
-
-    Torch has no class for it: gloo raises plain RuntimeErrors. A mismatch of shapes and the like is a defect.
-    """
-    if isinstance(error, UserError):
-        return False
-    if isinstance(error, RuntimeError) and _LOST.search(str(error)):
-        return True
-    return error.__cause__ is not None and lost_connection(error.__cause__)
 
 
 def _whereabouts(thread: int) -> tuple[bool, str]:

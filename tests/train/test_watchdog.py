@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from llm_cht.dist import lost_connection
 from llm_cht.errors import UserError
-from llm_cht.train.watchdog import Place, Seen, Watchdog, lost_connection, suspects
+from llm_cht.train.watchdog import Place, Seen, Watchdog, suspects
 
 RANK = Path(__file__).with_name("watched.py")
 RESUME = "go on from the last one with: llm-cht train run/config.yaml --resume auto"
