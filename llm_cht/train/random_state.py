@@ -50,7 +50,7 @@ def restore_random_state(checkpoint: Checkpoint, seed: int) -> None:
         tensors = _from_format_1(tensors, checkpoint.state["random"])
     own = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
     if not own:
-        return _seed(seed, checkpoint.step)
+        return seed_rank(seed, checkpoint.step)
     torch.set_rng_state(own["torch"])
     if "cuda" in own and torch.cuda.is_available():
         torch.cuda.set_rng_state(own["cuda"])
@@ -64,7 +64,8 @@ def restore_random_state(checkpoint: Checkpoint, seed: int) -> None:
     return None
 
 
-def _seed(seed: int, step: int) -> None:
+def seed_rank(seed: int, step: int) -> None:
+    """Seed the generators of this rank, at ``step``: dropout must not fall alike on all ranks."""
     for_torch, for_python, *for_numpy = np.random.SeedSequence([seed, dist.rank(), step]).generate_state(6).tolist()
     torch.manual_seed(for_torch)  # CUDA's too
     random.seed(for_python)

@@ -23,6 +23,7 @@ from llm_cht.train.engine import Engine, EngineSettings, start_engine
 from llm_cht.train.environment import check_same
 from llm_cht.train.loop import Loop, Outcome, resume_command
 from llm_cht.train.metrics import MetricsLog
+from llm_cht.train.random_state import seed_rank
 from llm_cht.train.rundir import claimed, find_run, write_config
 from llm_cht.train.shared import check_shared
 from llm_cht.train.signals import StopSignals
@@ -55,6 +56,8 @@ def _train(settings: RunSettings, engine: Engine, watchdog: Watchdog, say: Calla
             _check_data(checkpoint.state["data_fingerprint"], built.data.fingerprint, str(checkpoint.path))
             restore(built.parts, checkpoint, settings.seed)
         say(f"resumed from {checkpoint.path}")
+    elif not dist.is_main():  # the main rank goes on as one process would, from the weights' seed
+        seed_rank(settings.seed, 0)
     with ExitStack() as stack:
         with dist.together():
             if dist.is_main():
