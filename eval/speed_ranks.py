@@ -1,9 +1,9 @@
 """What many ranks cost and gain, as ratios of things measured in turn in one run; started by a launcher.
 
     OMP_NUM_THREADS=1 accelerate launch --config_file launch/accelerate/zero2.yaml --num_processes 2 \\
-      eval/speed_ranks.py update       # one topology update, shared out over one owner and over all; bytes exchanged
-    (the same)      eval/speed_ranks.py step         # a training step of the masked model over the dense one
-    python eval/speed_ranks.py balance               # predicted balance of the owners, no launcher
+      --module eval.speed_ranks update     # one topology update, computed by one rank and by all; bytes exchanged
+      --module eval.speed_ranks step       # or: a training step of the masked model over the dense one
+    python -m eval.speed_ranks balance     # predicted balance of the owners, no launcher
 
 Never start more processes than there are cores. On GPUs add ``--device cuda --model llama_1b``.
 """
@@ -94,8 +94,8 @@ def bytes_table(layers: SparseModel, figures: dict[str, Any]) -> None:
     weights = 4 * round(grown * (1 - figures["overlap"]))
     floor = (_choices(links, removed) + _choices(positions - links, grown)) / 8
     rows = {
-        "flipped positions as bits, and first weights": figures["bytes_exchanged"],
-        "floor: which links, ideally coded, and first weights": floor + weights,
+        "which positions flip, and first weights of links": figures["bytes_exchanged"],
+        "the same, ideally coded": floor + weights,
         "masks as fp32": 4 * positions,
         "weights gathered to the owners": figures["bytes_gathered"],
     }

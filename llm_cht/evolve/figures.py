@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm_cht.topology.measure import elm_overlap, itop
 
-COUNTS = ("pruned", "removed", "percolated", "regrown", "returned", "grown", "links", "explored")
+COUNTS = ("pruned", "removed", "percolated", "regrown", "returned", "grown", "links", "explored", "bytes")
 """Columns of the counts of a layer; ``regrown`` includes those that ``returned``, ``grown`` does not."""
 
 

@@ -3,8 +3,8 @@
 Every group of layers has one owner among the ranks. An update has three phases. *Gather*: the owners, and nobody else,
 get the fp32 weights of their layers (as values of existing links: all ranks know the masks) and the dense gradients
 where the method looks at them. *Compute*: each owner evolves its groups, one after the other. *Exchange*: the positions
-that changed go to all ranks as bits, with the first weights of new links, and every rank writes them to its mask, its
-working copy and its piece of master and moments. History and the union of all links that ever existed stay with the
+that changed go to all ranks, a byte each, with the first weights of new links, and every rank writes them to its mask,
+its working copy and its piece of master and moments. History and the union of all links that ever existed stay with the
 owner. Random numbers are functions of (seed, update, layer, index), so the same inputs give the same masks on any
 number of ranks. After every update the ranks compare a fingerprint of each mask.
 
@@ -74,7 +74,8 @@ def check_links(sparse: SparseModel, method: Method) -> None:
 class _Change:
     """A layer's part of the exchange: where its mask flips, and the first weights of the new links, in flat order."""
 
-    flipped: Tensor
+    code: Tensor
+    """the flips, uint8, by ``bits.encode``"""
     weights: Tensor | None
 
 
@@ -153,11 +154,11 @@ class TopologyUpdater:
                 for name in group.layers:
                     self._remember(name, dense[name], changes[name].mask)
         clock.lap("compute")
-        counts = self._count(changes)
         own = {name: self._change(name, change.mask) for name, change in changes.items()}
-        received = 0
+        counts = self._count(changes, own)
+        sent = 0
         for name, change in self._exchange(own, counts):
-            received += change.flipped.numel() // 8 + (0 if change.weights is None else change.weights.nbytes)
+            sent += len(change.code) + (0 if change.weights is None else change.weights.nbytes)
             self._apply(name, change)
         self._agree(step)
         clock.lap("exchange")
@@ -165,7 +166,7 @@ class TopologyUpdater:
         positions = {name: layer.mask.numel() for name, layer in self.sparse.layers.items()}
         when = {"update": moment.update, "zeta": self.method.zeta(step), "temperature": self.method.temperature(step)}
         told = when | figures(positions, counts, self.active())
-        return told | clock.figures(weights.bytes_received, received, self.balance)
+        return told | clock.figures(weights.bytes_received, sent, self.balance)
 
     def _gather_gradients(self) -> dict[str, Tensor]:
         """The captured gradients of the owned layers, averaged over the ranks."""
@@ -188,9 +189,10 @@ class TopologyUpdater:
     def _change(self, name: str, new_mask: Tensor) -> _Change:
         flipped = (new_mask ^ self.sparse.layers[name].mask).view(-1)
         history = self.history.get(name)
-        return _Change(flipped, None if history is None else history.view(-1)[flipped & new_mask.view(-1)])
+        first = None if history is None else history.view(-1)[flipped & new_mask.view(-1)]
+        return _Change(bits.encode(flipped), first)
 
-    def _count(self, changes: Mapping[str, LayerChange]) -> Tensor:
+    def _count(self, changes: Mapping[str, LayerChange], own: Mapping[str, _Change]) -> Tensor:
         """Counts of links, int64 (layers, ``COUNTS``), in the order of the model, and the same on all ranks."""
         counts = torch.zeros(len(self.sparse.layers), len(COUNTS), dtype=torch.int64)
         for row, name in enumerate(self.sparse.layers):
@@ -199,7 +201,7 @@ class TopologyUpdater:
                 grown = int((change.mask & ~mask).count_nonzero())
                 links, explored = int(change.mask.count_nonzero()), int(self.union[name].count_nonzero())
                 kinds = (change.pruned, change.removed, change.percolated, change.regrown, change.returned)
-                counts[row] = torch.tensor([*kinds, grown, links, explored])
+                counts[row] = torch.tensor([*kinds, grown, links, explored, len(own[name].code)])
         return dist.total_counts(counts)
 
     def _exchange(self, own: Mapping[str, _Change], counts: Tensor) -> Iterator[tuple[str, _Change]]:
@@ -208,30 +210,29 @@ class TopologyUpdater:
             yield from own.items()
             return
         layers = self.sparse.layers
-        grown = dict(zip(layers, counts[:, COUNTS.index("grown")].tolist(), strict=True))
+        grown, sizes = (dict(zip(layers, counts[:, COUNTS.index(k)].tolist(), strict=True)) for k in ("grown", "bytes"))
         by_rank = [[n for n in layers if self.owner[n] == r] for r in range(dist.world_size())]
         device = next(iter(layers.values())).mask.device
-        packed = [bits.pack(own[n].flipped) for n in by_rank[dist.rank()]]
-        sizes = {n: (layer.mask.numel() + 7) // 8 for n, layer in layers.items()}
-        flips = dist.spread(_joined(packed, torch.uint8, device), [sum(sizes[n] for n in names) for names in by_rank])
+        mine = [own[n].code for n in by_rank[dist.rank()]]
+        codes = dist.spread(_joined(mine, torch.uint8, device), [sum(sizes[n] for n in names) for names in by_rank])
         first = [w for n in by_rank[dist.rank()] if (w := own[n].weights) is not None]
         remembered = self.method.settings.new_weight == "history"
         lengths = [sum(grown[n] for n in names) * remembered for names in by_rank]
         weights = dist.spread(_joined(first, torch.float32, device), lengths)
-        for names, flat, values in zip(by_rank, flips, weights, strict=True):
-            parts = flat.split([sizes[n] for n in names])
+        for names, joined, values in zip(by_rank, codes, weights, strict=True):
+            parts = joined.split([sizes[n] for n in names])
             starts = values.split([grown[n] if remembered else 0 for n in names])
-            for name, part, start in zip(names, parts, starts, strict=True):
-                flipped = bits.unpack(part, (layers[name].mask.numel(),))
-                yield name, _Change(flipped, start if remembered else None)
+            for name, code, start in zip(names, parts, starts, strict=True):
+                yield name, _Change(code, start if remembered else None)
 
     def _apply(self, name: str, change: _Change) -> None:
         """Give a layer its new mask: survivors keep weight and moments, all others start or end at 0 (or history)."""
         layer = self.sparse.layers[name]
-        mask = layer.mask.view(-1).logical_xor_(change.flipped)
-        grown = (change.flipped & mask).nonzero().squeeze(1)
+        flipped = bits.decode(change.code, layer.mask.numel())
+        mask = layer.mask.view(-1).logical_xor_(flipped)
+        grown = (flipped & mask).nonzero().squeeze(1)
         first = grown.new_zeros(len(grown), dtype=torch.float32) if change.weights is None else change.weights
-        self.shards.write(layer.weight, change.flipped, grown, first)
+        self.shards.write(layer.weight, flipped, grown, first)
 
     def _agree(self, step: int) -> None:
         """All ranks must have the same masks; what differs is named, and no rank says a word to another afterwards."""

@@ -1,4 +1,4 @@
-"""Boolean masks as packed bits, for files and for messages between ranks, and their digest.
+"""Boolean masks as packed bits, for files; as gaps, for messages between ranks; and their digests.
 
 Eight links a byte, the first in the lowest bit, rows one after the other; the last byte is filled up with zeros.
 ``numpy.packbits`` does the same, but this room knows torch only and the masks may live on a GPU.
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from llm_cht.topology.keys import Keys
 
+_MORE = 255  # a gap of at least so many follows
+
 
 def pack(mask: Tensor) -> Tensor:
     """Pack a boolean tensor of any shape into uint8 of shape (ceil(n / 8),)."""
     flat = mask.reshape(-1).to(torch.uint8)
-    packed = torch.zeros((flat.numel() + 7) // 8, dtype=torch.uint8, device=mask.device)
+    packed = torch.zeros(packed_size(flat.numel()), dtype=torch.uint8, device=mask.device)
     for position in range(8):
         bit = flat[position::8]
         packed[: bit.numel()] |= bit << position
@@ -27,12 +29,45 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """Undo ``pack``: uint8 of shape (ceil(n / 8),) to a boolean tensor of ``shape`` with n entries."""
     size = math.prod(shape)
-    assert packed.shape == ((size + 7) // 8,), (packed.shape, shape)
+    assert packed.shape == (packed_size(size),), (packed.shape, shape)
     mask = torch.empty(size, dtype=torch.bool, device=packed.device)
     for position in range(8):
         bit = mask[position::8]
         bit.copy_((packed[: bit.numel()] >> position) & 1)
     return mask.view(*shape)
+
+
+def encode(flipped: Tensor) -> Tensor:
+    """Code a boolean tensor, flat and mostly False, as uint8: the gaps between its True, or ``pack`` where shorter.
+
+    A byte a gap, which is the number of False before a True; 255 means: 255 more, and read on. At two flips in a
+    hundred positions that takes a sixth of the bits of ``pack``, a tenth more than the least possible.
+    """
+    places = flipped.nonzero().squeeze(1)
+    gaps = torch.diff(places, prepend=places.new_full((1,), -1)) - 1
+    ends = (gaps // _MORE + 1).cumsum(0)
+    length = int(ends[-1]) if len(ends) else 0
+    if length >= packed_size(flipped.numel()):
+        return pack(flipped)
+    code = torch.full((length,), _MORE, dtype=torch.uint8, device=flipped.device)
+    code[ends - 1] = (gaps % _MORE).to(torch.uint8)
+    return code
+
+
+def decode(code: Tensor, size: int) -> Tensor:
+    """Undo ``encode`` for a tensor of ``size`` entries."""
+    if len(code) == packed_size(size):
+        return unpack(code, (size,))
+    ends = (code != _MORE).nonzero().squeeze(1)
+    places = code.to(torch.int64).cumsum(0)[ends] + torch.arange(len(ends), device=code.device)
+    flipped = torch.zeros(size, dtype=torch.bool, device=code.device)
+    flipped[places] = True
+    return flipped
+
+
+def packed_size(size: int) -> int:
+    """Bytes of a packed mask of ``size`` entries."""
+    return (size + 7) // 8
 
 
 def fingerprint(mask: Tensor) -> int:

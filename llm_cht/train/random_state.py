@@ -65,9 +65,13 @@ def restore_random_state(checkpoint: Checkpoint, seed: int) -> None:
 
 
 def seed_rank(seed: int, step: int) -> None:
-    """Seed the generators of this rank, at ``step``: dropout must not fall alike on all ranks."""
+    """Seed the generators of this rank, at ``step``: dropout must not fall alike on all ranks.
+
+    At the start of a run torch's on the main rank goes on from the drawing of the weights, as in any other program.
+    """
     for_torch, for_python, *for_numpy = np.random.SeedSequence([seed, dist.rank(), step]).generate_state(6).tolist()
-    torch.manual_seed(for_torch)  # CUDA's too
+    if step > 0 or not dist.is_main():
+        torch.manual_seed(for_torch)  # CUDA's too
     random.seed(for_python)
     np.random.seed(for_numpy)
 

@@ -56,7 +56,7 @@ def _train(settings: RunSettings, engine: Engine, watchdog: Watchdog, say: Calla
             _check_data(checkpoint.state["data_fingerprint"], built.data.fingerprint, str(checkpoint.path))
             restore(built.parts, checkpoint, settings.seed)
         say(f"resumed from {checkpoint.path}")
-    elif not dist.is_main():  # the main rank goes on as one process would, from the weights' seed
+    else:
         seed_rank(settings.seed, 0)
     with ExitStack() as stack:
         with dist.together():

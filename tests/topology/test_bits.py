@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_cht.topology.bits import digest, pack, unpack
+from llm_cht.topology.bits import decode, digest, encode, fingerprint, pack, packed_size, unpack
 
 
 @settings(deadline=None, max_examples=40)
@@ -45,3 +45,33 @@ def test_digest_sees_names_shapes_and_links_but_not_the_order():
     assert digest(masks) == digest(same)
     assert len({digest(masks), *map(digest, others)}) == 5
     assert digest({"a": masks["a"]}) == "5fac2ff1c43d37e8dcfdf1eed69f6b104c8dded1ddee164a17418a28b3652461"
+
+
+@given(st.integers(0, 3000), st.floats(0, 1), st.integers(0, 2**31))
+def test_coded_gaps_are_exact_and_never_longer_than_bits(size, density, seed):
+    flipped = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < density**3  # mostly few
+    code = encode(flipped)
+    assert code.dtype == torch.uint8
+    assert len(code) <= packed_size(size)
+    assert torch.equal(decode(code, size), flipped)
+
+
+@pytest.mark.parametrize("places", [[], [0], [254], [255], [256], [509, 510, 511, 999], [5, 260, 515]])
+def test_gaps_around_255(places):
+    flipped = torch.zeros(1000, dtype=torch.bool)
+    flipped[places] = True
+    assert torch.equal(decode(encode(flipped), 1000), flipped)
+    first = places[0] if places else None
+    assert encode(flipped).tolist()[:1] == ([] if first is None else [min(first, 255)])
+
+
+def test_a_fingerprint_sees_a_flipped_bit_and_a_swap():
+    mask = torch.rand(40, 30, generator=torch.Generator().manual_seed(0)) < 0.2
+    seen = {fingerprint(mask)}
+    for place in range(0, 1200, 7):
+        other = mask.clone()
+        other.view(-1)[place] ^= True
+        seen.add(fingerprint(other))
+    seen.add(fingerprint(mask.flip(0)))
+    assert len(seen) == len(range(0, 1200, 7)) + 2
+    assert fingerprint(mask.clone()) == fingerprint(mask)
