@@ -110,7 +110,7 @@ def test_a_rank_killed_in_a_save(config, unbroken, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 @pytest.mark.parametrize(
-    ("rank", "at", "call", "where", "last"),
+    "moment",
     [
         (0, STEP, 8, "step 8", 6),
         # of 14 layers: in the middle of the second update, which follows step 6
@@ -118,7 +118,8 @@ def test_a_rank_killed_in_a_save(config, unbroken, tmp_path):
         (1, "llm_cht.train.checkpoint:describe", 0, "the save of step 6", 3),
     ],
 )
-def test_a_killed_rank(config, unbroken, tmp_path, engine, rank, at, call, where, last):
+def test_a_killed_rank(config, unbroken, tmp_path, engine, moment):
+    rank, at, call, where, last = moment
     call = 2 * FILES[engine] if where.startswith("the save") else call
     output = killed(tmp_path, config, engine, rank, at, call)
     named(output, tmp_path / "run", f"error: the run ended in {where}, because", f"  rank {rank} (", GONE)
@@ -290,10 +291,11 @@ def test_sigterm_to_one_rank(config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "rank", "do", "name"),
+    "sent",
     [("ddp", 1, "usr1", "SIGUSR1"), ("zero2", 0, "usr1", "SIGUSR1"), ("zero3", 1, "term", "SIGTERM")],
 )
-def test_a_signal_to_one_rank_stops_all(config, unbroken, tmp_path, engine, rank, do, name):
+def test_a_signal_to_one_rank_stops_all(config, unbroken, tmp_path, sent):
+    engine, rank, do, name = sent
     run = tmp_path / "run"
     with launch(engine, config, "--run", run, fault=fault(tmp_path, rank, STEP, 8, do)) as launched:
         codes, (output,) = launched.ends()
