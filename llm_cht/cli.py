@@ -107,7 +107,7 @@ def _train(arguments: Sequence[str]) -> None:
         f"time                   {end['seconds']:.0f} s for {end['tokens']:,} tokens\n"
         f"model                  {run / 'model'}\n"
         f"report                 {report}\n"
-        f"resume                 llm-cht train {run / 'config.yaml'} --resume auto"
+        f"resume                 {outcome.resume}"
     )
 
 

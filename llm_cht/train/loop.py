@@ -47,6 +47,8 @@ class Outcome:
     """name of the signal that ended the run early; None: it ran to its end"""
     summary: dict[str, Any]
     """empty when stopped early"""
+    resume: str
+    """what a user types to go on"""
 
 
 def resume_command(run: Path) -> str:
@@ -126,8 +128,8 @@ class Loop:
             path = self._saved if self._saved_step == progress.step else self.save()
             reason = next(signal for signal in dist.gather(self.signals.requested) if signal)
             self.say(f"{reason}: saved {path}\nresume with: {resume_command(self.run)}")
-            return Outcome(self.run, reason, {})
-        return Outcome(self.run, None, self._finish())
+            return Outcome(self.run, reason, {}, resume_command(self.run))
+        return Outcome(self.run, None, self._finish(), resume_command(self.run))
 
     def _is_written(self, step: int) -> bool:
         """Whether a step has a record; the one after an update has, so that its re-warm-up shows."""
