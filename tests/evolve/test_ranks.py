@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -10,6 +9,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
+
+from tests.launched import free_port
 
 SCRIPT = Path(__file__).parent / "ranks.py"
 PRESETS = ("chts", "chtss", "set", "rigl")
@@ -22,12 +23,9 @@ def launched(engine: str, ranks: int, tasks: tuple[str, ...], precision: str = "
     """What the ranks found out; ``engine`` is one, ddp, or zero1 to zero3."""
     folder = Path(mkdtemp())
     out = folder / "told.json"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--machine_rank", "0"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--num_processes", str(ranks), "--main_process_port", str(port)]
+    launcher += ["--num_processes", str(ranks), "--main_process_port", free_port()]
     if engine.startswith("zero"):
         config = folder / "deepspeed.json"
         config.write_text(json.dumps({"zero_optimization": {"stage": int(engine[-1])}}))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from tests.launch.nodes import free_port
+from tests.launched import free_port
 
 FOLDER = Path(__file__).parents[2] / "launch" / "accelerate"
 SETTLED = Path(__file__).with_name("settled.py")

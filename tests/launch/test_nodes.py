@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import learned, tiny_config
-from tests.launch.nodes import free_port, node, started, wait_for
+from tests.launch.nodes import node, started, wait_for
+from tests.launched import free_port
 
 RUN = {"train": {"steps": 60}, "method": {"update_interval": 10}, "checkpoint": {"every": None}}
 

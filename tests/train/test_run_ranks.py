@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from llm_cht.data.text import load_text
 from llm_cht.train.checkpoint import CheckpointStore
 from llm_cht.train.config import RunSettings
 from tests.helpers import command, finished, records, tiny_config
+from tests.launched import free_port
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(600)
@@ -29,11 +29,8 @@ def launch(engine: str, ranks: int, config: Path, *arguments: str | Path) -> Non
 
 
 def launch_script(engine: str, ranks: int, *command_line: str | Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(ranks)]
-    launcher += ["--config_file", ROOT / "launch" / "accelerate" / f"{engine}.yaml", "--main_process_port", str(port)]
+    launcher += ["--config_file", ROOT / "launch" / "accelerate" / f"{engine}.yaml", "--main_process_port", free_port()]
     if ranks == 1:
         launcher = [sys.executable]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
