@@ -123,15 +123,16 @@ class Engine:
         size = sum(parameter.numel() for parameter in model.parameters())
         for bucket in ("reduce_bucket_size", "allgather_bucket_size"):  # buffers larger than the model are a waste
             zero_config.setdefault(bucket, min(_BUCKET, size))
-        exact = {name: p.detach().clone() for name, p in model.named_parameters()}
+        inexact = self.settings.precision == "bf16"  # DeepSpeed will make the masters from the bf16 copy
+        exact = {name: p.detach().clone() for name, p in model.named_parameters()} if inexact else {}
         wrapped, _ = self.accelerator.prepare(model, optimizer)
         if callable_model is not model:
             wrapped.compile()
         assert self.zero_stage == wrapped.zero_optimization_stage(), wrapped.zero_optimization_stage()
         zero = wrapped.optimizer
         shards = Zero3(zero, dist.rank()) if self.zero_stage == 3 else Zero12(zero)
-        if self.settings.precision == "bf16":  # DeepSpeed made the masters from the bf16 copy
-            for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters():
+            if name in exact:
                 shards.load(parameter, _reader(exact[name]))
         return wrapped, shards
 
