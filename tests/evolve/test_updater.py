@@ -100,6 +100,29 @@ def test_history_gives_a_returning_link_its_last_weight():
     assert restored > 0
 
 
+def test_rigl_grows_the_links_of_the_largest_dense_gradient():
+    model, optim, updater = make("rigl")
+    train(model, optim, 4)
+    updater.watch(4)
+    assert all(layer.captured is None for layer in updater.sparse.layers.values())  # no update follows step 4
+    updater.watch(5)
+    train(model, optim, 1)
+    layers = updater.sparse.layers
+    gradients = {name: layer.captured.abs() for name, layer in layers.items()}
+    before = {name: layer.mask.clone() for name, layer in layers.items()}
+    size = {name: layer.weight.detach().abs().clone() for name, layer in layers.items()}
+    updater.update(5)
+    for name, layer in layers.items():
+        removed = int(updater.method.zeta(5) * int(before[name].sum()))
+        kept = torch.zeros_like(before[name])
+        kept.view(-1)[size[name].masked_fill(~before[name], -1).view(-1).topk(int(before[name].sum()) - removed)[1]] = 1
+        best = gradients[name].masked_fill(kept, -1).view(-1).topk(removed)[1]
+        expected = kept.clone()
+        expected.view(-1)[best] = True
+        assert torch.equal(layer.mask, expected), name
+        assert layer.captured is None
+
+
 def test_figures_equal_a_slow_recount():
     model, optim, updater = make("chts")
     union = {name: layer.mask.clone() for name, layer in updater.sparse.layers.items()}

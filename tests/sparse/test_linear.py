@@ -97,3 +97,16 @@ def test_activation_checkpointing_gives_the_same_gradient():
     sparse.weight.grad = None
     torch.utils.checkpoint.checkpoint(sparse, x, use_reentrant=False).square().sum().backward()
     assert torch.equal(direct, sparse.weight.grad)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_capture_sums_the_gradient_of_the_dense_weight(passes):
+    dense, sparse = pair(bias=True)
+    sparse.captured = torch.zeros(7, 12)
+    for _ in range(passes):
+        x = torch.randn(2, 3, 12)
+        for layer in (dense, sparse):
+            layer(x).square().sum().backward()
+    torch.testing.assert_close(sparse.captured, dense.weight.grad, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sparse.weight.grad, dense.weight.grad * sparse.mask, rtol=1e-6, atol=1e-6)
+    assert (sparse.weight.grad[~sparse.mask] == 0).all()
