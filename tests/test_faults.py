@@ -119,14 +119,21 @@ def small_disk(folder: Path, size: int) -> Iterator[Callable[[], None]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-# what cannot be written -> largest size of a file, at which it is the first
-LIMITS = {"config.yaml": 1400, "metrics.jsonl": 4000, "checkpoints/step-00000002": 60_000}
+# what cannot be written -> largest size of a file, at which it is the first; steps of the run; between checkpoints
+LIMITS = {
+    "config.yaml": (1400, 3, 2),
+    "tokenizer": (4000, 3, 2),
+    "metrics.jsonl": (9000, 20, None),
+    "checkpoints/step-00000002": (60_000, 3, 2),
+}
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_file_size_limit_at_each_stage_of_a_run(name, finished, start, tmp_path):
-    config = tiny_config(tmp_path, method={"update_interval": 2}, train={"steps": 3}, checkpoint={"every": 2})
-    code, err = start("train", config, fault=file_limit(LIMITS[name])).finished()
+    size, steps, every = LIMITS[name]
+    settings = {"train": {"steps": steps}, "checkpoint": {"every": every}, "validation": {"every": None}}
+    config = tiny_config(tmp_path, method={"update_interval": 2}, **settings)
+    code, err = start("train", config, fault=file_limit(size)).finished()
     told(code, err, f"cannot write {tmp_path / 'run' / name}", "File too large", "MB are free", "Free space")
     check_whole(tmp_path / "run")
     assert main(["train", str(config), "--resume", "auto"]) == 0

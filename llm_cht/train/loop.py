@@ -23,7 +23,7 @@ from tqdm import tqdm
 from llm_cht import config, dist
 from llm_cht.data.text import unigram_perplexity
 from llm_cht.errors import UserError
-from llm_cht.files import disk_errors
+from llm_cht.files import disk_errors, new_folder
 from llm_cht.sparse.folder import write_topology
 from llm_cht.train import lr
 from llm_cht.train.build import Built
@@ -36,6 +36,7 @@ from llm_cht.train.validate import Validation, count_targets, validate
 from llm_cht.train.watchdog import Watchdog
 
 _LINES = 20  # of progress in a log file
+_NOTHING_YET = "There is no checkpoint yet."
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,16 @@ class Loop:
     def begin(self) -> None:
         """Write down where a fresh run starts."""
         with dist.together():
-            if dist.is_main():
-                with disk_errors(self.run / TOKENIZER, 0, "There is no checkpoint yet."):
-                    self.built.data.tokenizer.save_pretrained(self.run / TOKENIZER)
             if self.built.updater and dist.is_main():
                 masks = self.built.updater.masks
                 needed = sum(mask.numel() for mask in masks.values()) // 8
-                with disk_errors(self.run / "topology_start.safetensors", needed, "There is no checkpoint yet."):
+                with disk_errors(self.run / "topology_start.safetensors", needed, _NOTHING_YET):
                     write_topology(self.run, masks, self.settings.method.preset, 0, stem="topology_start")
         self._record("start", self.built.start_record)
+        with dist.together():
+            if dist.is_main():
+                with disk_errors(self.run / TOKENIZER, 0, _NOTHING_YET), new_folder(self.run / TOKENIZER) as folder:
+                    self.built.data.tokenizer.save_pretrained(folder)
 
     def _record(self, kind: str, values: Mapping[str, Any]) -> None:
         """A line of the metrics, from the main rank; if it cannot be written the others see the main rank leave."""
