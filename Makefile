@@ -15,7 +15,7 @@ quickstart: $(VENV)/run.stamp
 	$(BIN)/llm-cht train configs/quickstart.yaml
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest

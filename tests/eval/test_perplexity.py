@@ -251,7 +251,7 @@ def places(model_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFact
         (["{tmp}/narrow", "--data", "{text}"], "none of the model's 100"),
         (["{tmp}/gap", "--data", "{text}"], "no weights for model.layers.0"),
         (["{tmp}/wild", "--data", "{text}"], "not finite"),
-        (["{folder}", "--data", "{tmp}/missing.txt"], "missing.txt: no such file"),
+        (["{folder}", "--data", "{tmp}/missing.txt"], "missing.txt': no such file"),
         (["{folder}", "--data", "{tmp}/empty.txt"], "empty.txt: the file is empty"),
         (["{folder}", "--data", "{tmp}/blank.jsonl"], "no document with text"),
         (["{folder}", "--data", "{text}", "--sequence_length", "65"], "64 positions"),
