@@ -368,6 +368,7 @@ def test_ctrl_c_while_the_data_are_read(finished, start, tmp_path):
         with contextlib.suppress(OSError):  # nobody reads yet
             pipe = os.open(source, os.O_WRONLY | os.O_NONBLOCK)
             break
+    time.sleep(1)  # a signal just before the reader blocks would not wake it
     os.kill(child.pid, signal.SIGINT)
     code, err = child.finished()
     assert (code, err.strip().splitlines()[-1]) == (130, "llm-cht: interrupted")
