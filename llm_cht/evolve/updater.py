@@ -47,7 +47,7 @@ def draw_start(sparse: SparseModel, method: Method, seed: int) -> dict[str, int]
     Raises:
         UserError: the sparsity leaves a layer without a link; nothing is changed then.
     """
-    check_links(sparse, method)
+    _check_links(sparse, method)
     lonely = {"outputs": 0, "inputs": 0}
     for name, layer in sparse.layers.items():
         # Drawn on the CPU: the first topology then is the same on every device.
@@ -60,7 +60,7 @@ def draw_start(sparse: SparseModel, method: Method, seed: int) -> dict[str, int]
     return lonely
 
 
-def check_links(sparse: SparseModel, method: Method) -> None:
+def _check_links(sparse: SparseModel, method: Method) -> None:
     """Refuse a sparsity that leaves a layer without a link."""
     for name, layer in sparse.layers.items():
         shape = (layer.out_features, layer.in_features)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from llm_cht import dist
 from llm_cht.data.text import TextData, check_vocabulary, load_text
 from llm_cht.errors import UserError
-from llm_cht.evolve.updater import TopologyUpdater, check_links, draw_start
+from llm_cht.evolve.updater import TopologyUpdater, draw_start
 from llm_cht.models import build_model
 from llm_cht.sparse.surgery import SparseModel, sparsify
 from llm_cht.topology.method import resolve
@@ -87,7 +87,6 @@ def _build_model(
     sparse = sparsify(model, settings.sparse)
     say(sparse.report())
     method = resolve(settings.method, settings.train.steps)
-    check_links(sparse, method)
     lonely = draw_start(sparse, method, settings.seed) if fresh else {"outputs": 0, "inputs": 0}
     return model, sparse, lonely
 
