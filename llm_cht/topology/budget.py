@@ -16,9 +16,9 @@ def num_links(shape: Sequence[int], density: float) -> int:
     return math.floor(density * num_outputs * num_inputs + 0.5)
 
 
-def uniform(shapes: Mapping[str, tuple[int, int]], density: float) -> dict[str, float]:
+def uniform(shapes: Mapping[str, tuple[int, int]], density: float) -> dict[str, int]:
     """The same density for every layer (paper 002)."""
-    return dict.fromkeys(shapes, density)
+    return {name: num_links(shape, density) for name, shape in shapes.items()}
 
 
-BUDGETS: dict[str, Callable[[Mapping[str, tuple[int, int]], float], dict[str, float]]] = {"uniform": uniform}
+BUDGETS: dict[str, Callable[[Mapping[str, tuple[int, int]], float], dict[str, int]]] = {"uniform": uniform}

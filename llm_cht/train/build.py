@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from llm_cht import dist
 from llm_cht.data.text import TextData, check_vocabulary, load_text
 from llm_cht.errors import UserError
-from llm_cht.evolve.updater import TopologyUpdater, draw_start
+from llm_cht.evolve.start import draw_start
+from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.models import build_model
 from llm_cht.sparse.surgery import SparseModel, sparsify
 from llm_cht.topology.method import resolve

@@ -12,7 +12,8 @@ from llm_cht.errors import UserError
 from llm_cht.files import absolute
 from llm_cht.models import ModelSettings
 from llm_cht.sparse.surgery import SparseSettings
-from llm_cht.topology.method import MethodSettings, resolve
+from llm_cht.topology.method import resolve
+from llm_cht.topology.settings import MethodSettings
 from llm_cht.train import lr
 from llm_cht.train.engine import Precision
 from llm_cht.train.lr import LrSettings

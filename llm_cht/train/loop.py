@@ -23,6 +23,7 @@ from tqdm import tqdm
 from llm_cht import config, dist
 from llm_cht.data.text import unigram_perplexity
 from llm_cht.errors import UserError
+from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.files import disk_errors, new_folder
 from llm_cht.sparse.folder import write_topology
 from llm_cht.train import lr
@@ -117,10 +118,8 @@ class Loop:
                 if updater:
                     updater.watch(progress.step + 1)
                 figures = self._step()
-                if updater and updater.due(progress.step):
-                    self.watchdog.enter(progress.step, "topology update")
-                    self._record("topology", updater.update(progress.step))
-                    self.density = updater.density()
+                if updater:
+                    self._evolve(updater, sound=math.isfinite(figures["loss"] + figures["grad_norm"]))
                 if self._is_written(progress.step):
                     self._write_train(figures, bar)
                 bar.update()
@@ -132,6 +131,19 @@ class Loop:
             self.say(f"{reason}: saved {path}\nresume with: {resume_command(self.run)}")
             return Outcome(self.run, reason, {}, resume_command(self.run))
         return Outcome(self.run, None, self._finish(), resume_command(self.run))
+
+    def _evolve(self, updater: TopologyUpdater, sound: bool) -> None:
+        """The topology update, where one follows this step; a skipped step (not ``sound``) has no gradient for it."""
+        step = self.progress.step
+        updater.learned(step, sound)
+        if not updater.due(step):
+            return
+        if not sound and updater.method.needs_gradient(step):
+            self.say(f"step {step}: no topology update, because the skipped step has no gradient to choose links by")
+            return
+        self.watchdog.enter(step, "topology update")
+        self._record("topology", updater.update(step))
+        self.density = updater.density()
 
     def _is_written(self, step: int) -> bool:
         """Whether a step has a record; the one after an update has, so that its re-warm-up shows."""

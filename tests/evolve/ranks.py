@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llm_cht import dist
 from llm_cht.errors import UserError
-from llm_cht.evolve.updater import TopologyUpdater, draw_start
+from llm_cht.evolve.start import draw_start
+from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.sparse.surgery import SparseSettings, sparsify
 from llm_cht.topology.keys import Keys
-from llm_cht.topology.method import MethodSettings, resolve
+from llm_cht.topology.method import resolve
+from llm_cht.topology.settings import MethodSettings
 from llm_cht.train.engine import Engine, EngineSettings, start_engine
 from llm_cht.train.optim import OptimizerSettings, build_optimizer
 

@@ -8,10 +8,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llm_cht.errors import UserError
 from llm_cht.evolve.shards import Whole
-from llm_cht.evolve.updater import TopologyUpdater, draw_start
+from llm_cht.evolve.start import draw_start
+from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.sparse.surgery import SparseSettings, sparsify
 from llm_cht.topology.budget import num_links
-from llm_cht.topology.method import MethodSettings, resolve
+from llm_cht.topology.method import resolve
+from llm_cht.topology.settings import MethodSettings
 
 
 def make(preset="chts", seed=0, optimizer=torch.optim.AdamW, **overrides):

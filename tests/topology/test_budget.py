@@ -23,5 +23,5 @@ def test_num_links_by_hand(shape: tuple[int, int], density: float, expected: int
 
 
 def test_uniform_gives_every_layer_the_same():
-    assert uniform({"a": (2, 3), "b": (40, 50)}, 0.3) == {"a": 0.3, "b": 0.3}
+    assert uniform({"a": (2, 3), "b": (40, 50)}, 0.3) == {"a": 2, "b": 600}
     assert BUDGETS["uniform"] is uniform
