@@ -29,6 +29,7 @@ from llm_cht.evolve.shards import Shards, check_optimizer
 from llm_cht.evolve.transfer import Weights, gather_weights
 from llm_cht.sparse.surgery import SparseModel
 from llm_cht.topology import bits
+from llm_cht.topology.link import cost
 from llm_cht.topology.method import Method, Target
 from llm_cht.topology.percolate import Group
 from llm_cht.topology.update import Inputs, LayerChange, Moment, active_neurons, pruning_candidates, update_group
@@ -262,6 +263,19 @@ class TopologyUpdater:
                     "other ranks'. The masks no longer agree: memory or network of a node is faulty; resume from the "
                     "last checkpoint without it"
                 )
+
+    def flops(self, step: int) -> float:
+        """FLOPs of the link predictors at the update of ``step``."""
+        if not self.method.evolves(step):
+            return 0.0
+        rule = self.method.regrowth(step)
+        return sum(cost(rule, shape) for name, shape in self.shapes.items() if name not in self.stopped)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the masks on every rank, and of what the owners remember, over all ranks; a collective."""
+        kept = [*self.union.values(), *self.history.values(), *self.momenta.values()]
+        state = dist.total([sum(tensor.nbytes for tensor in kept)])[0]
+        return {"mask_bytes": sum(mask.nbytes for mask in self.masks.values()), "topology_bytes": int(state)}
 
     def density(self) -> float:
         """Existing links over all positions of the sparse layers, now."""

@@ -24,7 +24,7 @@ from llm_cht.topology.method import resolve
 from llm_cht.train.config import RunSettings
 from llm_cht.train.engine import Engine
 from llm_cht.train.environment import versions
-from llm_cht.train.metrics import training_flops_per_token
+from llm_cht.train.flops import Flops, training_flops_per_token
 from llm_cht.train.optim import build_optimizer
 from llm_cht.train.state import Parts, Progress
 
@@ -45,7 +45,7 @@ class Built:
     updater: TopologyUpdater | None
     """None for the preset `dense`, which trains the unmodified model"""
     parts: Parts
-    flops_per_token: int
+    flops: Flops
     start_record: dict[str, Any]
     """what stands in the metrics before the first step"""
 
@@ -62,7 +62,8 @@ def build(settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str
         data = load_text(settings.data, settings.seed)  # last: it can take hours, the mistakes above show at once
         check_vocabulary(data.tokenizer, model.config.vocab_size)
     optimizer = build_optimizer(model, settings.optimizer)
-    flops = training_flops_per_token(model, settings.data.sequence_length)
+    positions = sum(layer.mask.numel() for layer in sparse.layers.values()) if sparse else 0
+    flops = Flops(training_flops_per_token(model, settings.data.sequence_length), positions)
     record = _start_record(model, sparse, lonely, engine)
     forward, shards = engine.prepare(torch.compile(model) if train.compile else model, model, optimizer)
     updater = None

@@ -166,6 +166,10 @@ def check(settings: RunSettings) -> None:
             "not reach its peak between two updates; lower it, or set `lr.rewarm: off`"
         )
     settings.optimizer.check()
+    if settings.optimizer.link_age and train.precision == "pure_bf16":
+        raise UserError(
+            "`optimizer.link_age`: bf16 counts to 256 only (`train.precision: pure_bf16`); set bf16 or fp32"
+        )
     settings.metrics.check()
 
 
