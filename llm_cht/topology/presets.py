@@ -90,3 +90,30 @@ SOURCES = {
     "chtss": "002",
 }
 """where each method is defined; 000 and 002 are the papers of CHT and of CHTs"""
+
+
+def overview() -> list[tuple[str, ...]]:
+    """A head and a line for each method: what ``llm-cht methods`` prints."""
+    head = ("method", "first links", "removal", "regrowth", "density", "besides", "defined by")
+    dense = ("dense", "all", "-", "-", "1", "", SOURCES["dense"])
+    rows = ((name, *_summary(row), SOURCES[name]) for name, row in PRESETS.items() if name != "dense")
+    return [head, dense, *rows]
+
+
+def _summary(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
+    evolves = row["zeta"] > 0 or row["density"] == "em_s"
+    share = "down to the target" if row["density"] == "em_s" else f"{row['zeta']:.0%} {row['zeta_schedule']}"
+    removal = f"{row['removal']} {row['removal_choice']}, {share}" if evolves else "-"
+    regrowth = f"{row['regrowth']} {row['regrowth_choice']}" if evolves else "-"
+    decays = row["density"] not in ("constant", "em_s")
+    besides = {
+        "percolation": row["percolate"],
+        f"pruning by {row['pruning'].replace('_', ' ')}": decays,
+        "pruned links can come back": row["pruning_memory"],
+        "new links keep their last weight": row["new_weight"] == "history" and evolves,
+        f"weights {row['initial_weight']}": row["initial_weight"] != "keep",
+        f"a layer stops at overlap {row['early_stop']}": row["early_stop"] > 0,
+        "half window": row["half_window"],
+    }
+    density = f"{row['density']} from {1 - row['start_sparsity']}" if decays else row["density"]
+    return (row["initial"], removal, regrowth, density, ", ".join(name for name, is_on in besides.items() if is_on))
