@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llm_cht.errors import UserError
 from llm_cht.topology.budget import num_links
-from llm_cht.topology.initial import STARTS, InitialOptions, repair
+from llm_cht.topology.initial import STARTS, Given, InitialOptions, repair
 from llm_cht.topology.keys import Keys
 from llm_cht.topology.link import NEEDS_GRADIENT, PREDICTORS
 from llm_cht.topology.percolate import Group, QueryKey, percolate
@@ -166,7 +166,7 @@ class Method:
     def start(self, shape: tuple[int, int], keys: Keys) -> Tensor:
         """First mask (out, in) with exactly the scheduled number of links."""
         options = InitialOptions(self.settings.brf_r, self.settings.brf_degree)
-        mask = STARTS[self.settings.initial](shape, num_links(shape, self.density(0)), keys, options)
+        mask = STARTS[self.settings.initial](shape, num_links(shape, self.density(0)), keys, options, Given())
         return repair(mask, keys) if self.settings.repair else mask
 
 
