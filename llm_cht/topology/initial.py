@@ -137,8 +137,9 @@ def checkpoint(shape: tuple[int, int], num_links: int, keys: Keys, options: Init
     """
     assert given.weight_OI is not None
     assert given.weight_OI.shape == shape, (given.weight_OI.shape, shape)
-    score_OI = SCORES[options.pruning](given.weight_OI, torch.ones_like(given.weight_OI, dtype=torch.bool), None)
-    if not score_OI.isfinite().all():
+    everywhere = torch.ones((), dtype=torch.bool, device=given.weight_OI.device).expand(shape)
+    score_OI = SCORES[options.pruning](given.weight_OI, everywhere, None)
+    if num_links and not score_OI.max().isfinite():  # NaN is the largest of all
         raise UserError(
             f"`method.initial` = checkpoint: the weight of `{keys.layer}` is not finite everywhere; give a sound one"
         )

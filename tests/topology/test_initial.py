@@ -11,8 +11,20 @@ from torch import Tensor
 
 from llm_cht.errors import UserError
 from llm_cht.topology.budget import num_links
-from llm_cht.topology.initial import BLOCK, STARTS, Given, InitialOptions, brf, bsw, checkpoint, er, file, repair, unlinked
 from llm_cht.topology.correlated import correlation
+from llm_cht.topology.initial import (
+    BLOCK,
+    STARTS,
+    Given,
+    InitialOptions,
+    brf,
+    bsw,
+    checkpoint,
+    er,
+    file,
+    repair,
+    unlinked,
+)
 from llm_cht.topology.keys import Keys
 from llm_cht.topology.measure import clustering
 
