@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from llm_cht import __version__
 from llm_cht.models import ModelSettings, build_model
 from llm_cht.sparse.surgery import SparseSettings, sparsify
-from llm_cht.topology.initial import STARTS, InitialOptions
+from llm_cht.topology.initial import STARTS, Given, InitialOptions
 from llm_cht.topology.keys import Keys
 from llm_cht.topology.link import ch2_l3n
 from llm_cht.topology.method import Method, resolve
@@ -105,7 +105,7 @@ def update_table(repetitions: int) -> None:
     method = resolve(MethodSettings(preset="chts", sparsity=1 - DENSITY), total_steps=10_000)
     options = InitialOptions(method.settings.brf_r, method.settings.brf_degree)
     masks = {
-        name: STARTS["brf"](shape, target.links, Keys(0, 0, name), options)
+        name: STARTS["brf"](shape, target.links, Keys(0, 0, name), options, Given())
         for (name, shape), target in zip(
             LLAMA_60M_BLOCK.items(), method.targets(LLAMA_60M_BLOCK, 0).values(), strict=True
         )

@@ -29,10 +29,12 @@ from llm_cht.evolve.shards import Shards, check_optimizer
 from llm_cht.evolve.transfer import Weights, gather_weights
 from llm_cht.sparse.surgery import SparseModel
 from llm_cht.topology import bits
+from llm_cht.topology.keys import Keys
 from llm_cht.topology.link import cost
 from llm_cht.topology.method import Method, Target
 from llm_cht.topology.percolate import Group
 from llm_cht.topology.update import Inputs, LayerChange, Moment, active_neurons, pruning_candidates, update_group
+from llm_cht.topology.weights import Scale, draw
 
 
 class TopologyUpdater:
@@ -68,6 +70,8 @@ class TopologyUpdater:
         """last weight of links that existed, fp32 (out, in), of the owned layers; empty unless the method uses it"""
         self.momenta = _numbers(mine) if method.needs_momentum(1) else {}
         """average of the dense gradient over steps, fp32 (out, in), of the owned layers; empty unless it is used"""
+        self.own_std: dict[str, float] = {}
+        """of each layer's weights before the start (``Start.own_std``), for new links that are drawn as then"""
         self._gradients: dict[str, Tensor] = {}  # of this step, where ``learned`` has gathered them
         self._has_bias = frozenset(name for name, layer in sparse.layers.items() if layer.bias is not None)
 
@@ -129,7 +133,7 @@ class TopologyUpdater:
                 for name in group.layers:
                     self._remember(name, inputs.weights[name], changes[name].mask)
         clock.lap("compute")
-        own = {name: self._change(name, change.mask) for name, change in changes.items()}
+        own = {name: self._change(name, change.mask, moment) for name, change in changes.items()}
         counts = self._count(changes, own)
         sent = 0
         for name, change in self._exchange(own, counts):
@@ -210,11 +214,19 @@ class TopologyUpdater:
             torch.where(self.sparse.layers[name].mask, weight, history, out=history)
         self.union[name] |= new_mask
 
-    def _change(self, name: str, new_mask: Tensor) -> Change:
+    def _change(self, name: str, new_mask: Tensor, moment: Moment) -> Change:
         flipped = (new_mask ^ self.sparse.layers[name].mask).view(-1)
-        history = self.history.get(name)
-        first = None if history is None else history.view(-1)[flipped & new_mask.view(-1)]
-        return Change(bits.encode(flipped), first)
+        rule = self.method.settings.new_weight
+        if rule == "zero":
+            return Change(bits.encode(flipped), None)
+        grown = flipped & new_mask.view(-1)
+        if rule == "history":
+            return Change(bits.encode(flipped), self.history[name].view(-1)[grown])
+        settings, (_, num_inputs) = self.method.settings, self.shapes[name]
+        density = int(new_mask.count_nonzero()) / new_mask.numel()
+        scale = Scale(num_inputs, density, settings.initial_gain, self.own_std[name])
+        keys = Keys(moment.seed, moment.update, name)
+        return Change(bits.encode(flipped), draw(settings.initial_weight, grown.nonzero().squeeze(1), scale, keys))
 
     def _count(self, changes: Mapping[str, LayerChange], own: Mapping[str, Change]) -> Tensor:
         """Counts of links, int64 (layers, ``COUNTS``), in the order of the model, and the same on all ranks."""
@@ -312,8 +324,12 @@ class TopologyUpdater:
                 tensors[f"history.{name}"] = self.history[name][self.union[name] & ~layer.mask]
             if name in self.momenta:
                 tensors[f"momentum.{name}"] = self.momenta[name]
-        values = {"last_update": self.last_update, "digest": self.digest(), "stopped": sorted(self.stopped)}
-        return tensors, values
+        return tensors, {
+            "last_update": self.last_update,
+            "digest": self.digest(),
+            "stopped": sorted(self.stopped),
+            "own_std": self.own_std,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -343,6 +359,7 @@ class TopologyUpdater:
             average.copy_(tensors[f"momentum.{name}"])
         self.last_update = values["last_update"]
         self.stopped = set(values["stopped"])
+        self.own_std = dict(values["own_std"])
 
 
 def _numbers(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,13 +7,14 @@ a mix of two methods a third class.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from llm_cht.errors import UserError
 from llm_cht.topology import link, score
-from llm_cht.topology.budget import BUDGETS
+from llm_cht.topology.budget import budget_links
 from llm_cht.topology.presets import PRESETS
 from llm_cht.topology.schedule import Anneal, AnyDensity, Density, Stages, StepTable, Temperature, Updates
 from llm_cht.topology.schedule import density_window as _window
@@ -78,12 +79,12 @@ class Method:
 
     def targets(self, shapes: Mapping[str, tuple[int, int]], step: int) -> dict[str, Target]:
         """Links of all layers at the update of ``step``; step 0 gives those of the start."""
-        budget = BUDGETS[self.settings.budget]
-        links = budget(shapes, self.density(step))
+        budget = self.settings.budget
+        links = budget_links(shapes, self.density(step), budget)
         floor = self.density.kept_by_removal(step)
         if floor is None:
             return {name: Target(count) for name, count in links.items()}
-        kept = budget(shapes, floor)
+        kept = budget_links(shapes, floor, budget)
         return {name: Target(count, kept[name]) for name, count in links.items()}
 
 
@@ -167,6 +168,8 @@ def _check(settings: Any, total_steps: int) -> None:
         value = getattr(settings, key)
         if value is not None and not 0 <= value <= total_steps:
             _refuse(settings, key, f"must lie in the run of {total_steps} steps (0 to {total_steps}); null chooses it")
+    if not 0 < settings.initial_gain < math.inf:
+        _refuse(settings, "initial_gain", "must be above 0 and finite")
     for step in settings.regrowth_from:
         if step < 1:
             _refuse(settings, "regrowth_from", "its steps must be at least 1; `method.regrowth` is the first rule")

@@ -17,6 +17,7 @@ _STILL: dict[str, Any] = {
     "bsf_resort": False,
     "csti_inner": False,
     "initial_weight": "keep",
+    "initial_gain": 1.0,
     "budget": "uniform",
     "repair": False,
     "removal": "magnitude",

@@ -47,6 +47,8 @@ class MethodSettings:
     """Training sequences that csti looks at."""
     initial_weight: Literal["keep", "swi", "kaiming", "scaled"] | None = None
     """First weights: the model's own; normal, for the density (swi) or not (kaiming); its own over sqrt(density)."""
+    initial_gain: float | None = None
+    """Gain of swi and kaiming: sqrt(2) after ReLU, 1 after a norm."""
     budget: Literal["uniform", "er", "erk"] | None = None
     """How links are shared out between layers."""
     repair: bool | None = None

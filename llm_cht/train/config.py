@@ -158,6 +158,8 @@ def check(settings: RunSettings) -> None:
         )
     _check_length(settings)
     method = resolve(settings.method, train.steps)
+    if method.settings.initial == "checkpoint" and settings.model.path is None:
+        raise UserError("`method.initial: checkpoint` takes the links from trained weights; give `model.path`")
     lr.check(settings.lr, train.steps)
     interval, rewarm = method.updates.interval, settings.lr.rewarm_steps
     if method.updates.count and settings.lr.rewarm != "off" and rewarm > interval:

@@ -48,10 +48,12 @@ def make(engine: Engine, case: str, weight_decay: float = 0.1):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     sparse = sparsify(model, SparseSettings())
     method = resolve(MethodSettings(**CASES[case], sparsity=0.9, update_interval=2), 40)
-    draw_start(sparse, method, 5)
+    begun = draw_start(sparse, method, 5)
     optimizer = build_optimizer(model, OptimizerSettings(name="adamw", lr=0.01, weight_decay=weight_decay))
     forward, shards = engine.prepare(model, model, optimizer)
-    return model, forward, TopologyUpdater(sparse, method, shards, 5), optimizer
+    updater = TopologyUpdater(sparse, method, shards, 5)
+    updater.own_std = begun.own_std
+    return model, forward, updater, optimizer
 
 
 def set_moments(model, updater: TopologyUpdater) -> None:

@@ -47,8 +47,9 @@ class Live:
         self.layers = self.sparse.layers
         self.optim = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.method = resolve(MethodSettings(**({"sparsity": 0.8, "update_interval": 1} | settings)), 4 * UPDATES // 3)
-        self.lonely = draw_start(self.sparse, self.method, seed)
+        start = draw_start(self.sparse, self.method, seed)
         self.updater = TopologyUpdater(self.sparse, self.method, Whole(self.optim), seed)
+        self.updater.own_std = start.own_std
 
     def learn(self, step: int) -> None:
         tokens = torch.randint(0, 32, (4, 12), generator=torch.Generator().manual_seed(step))

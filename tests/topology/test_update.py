@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llm_cht.errors import UserError
 from llm_cht.topology.budget import num_links
-from llm_cht.topology.initial import InitialOptions, er
+from llm_cht.topology.initial import Given, InitialOptions, er
 from llm_cht.topology.keys import Keys
 from llm_cht.topology.link import PREDICTORS
 from llm_cht.topology.method import resolve
@@ -32,7 +32,9 @@ def start(method, hidden=40, width=24, seed=0):
     """First masks and weights of a gated MLP."""
     shapes = {"gate": (hidden, width), "up": (hidden, width), "down": (width, hidden)}
     targets = method.targets(shapes, 0)
-    masks = {name: er(shape, targets[name].links, Keys(seed, 0, name), OPTIONS) for name, shape in shapes.items()}
+    masks = {
+        name: er(shape, targets[name].links, Keys(seed, 0, name), OPTIONS, Given()) for name, shape in shapes.items()
+    }
     generator = torch.Generator().manual_seed(seed)
     weights = {name: torch.randn(shape, generator=generator) * masks[name] for name, shape in shapes.items()}
     return weights, masks
