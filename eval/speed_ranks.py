@@ -57,7 +57,7 @@ def prepared(engine: Engine, model_name: str, sparse: bool) -> tuple[Any, Any, A
 
 
 def method_of(preset: str) -> Any:
-    return resolve(MethodSettings(preset=preset, sparsity=0.9), STEPS)  # type: ignore[arg-type]
+    return resolve(MethodSettings(preset=preset, sparsity=0.9), STEPS)
 
 
 def update_table(engine: Engine, model_name: str, repetitions: int) -> None:

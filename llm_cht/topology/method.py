@@ -7,18 +7,21 @@ a mix of two methods a third class.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from llm_cht.errors import UserError
 from llm_cht.topology import link, score
 from llm_cht.topology.budget import budget_links
+from llm_cht.topology.initial import STARTS
 from llm_cht.topology.presets import PRESETS
-from llm_cht.topology.schedule import Anneal, AnyDensity, Density, Stages, StepTable, Temperature, Updates
+from llm_cht.topology.schedule import SHAPES, Anneal, AnyDensity, Density, Stages, StepTable, Temperature, Updates
 from llm_cht.topology.schedule import density_window as _window
 from llm_cht.topology.settings import MethodSettings
+from llm_cht.topology.weights import WEIGHTS
 
 _SAYS_ONLY_WHEN = {
     *("update_interval", "end_step", "density_end_step", "workspace_mb", "calibration_sequences", "force")
@@ -96,6 +99,7 @@ def resolve(settings: MethodSettings, total_steps: int) -> Method:
             each other.
     """
     given = {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) is not None}
+    _check_name("preset", settings.preset, PRESETS)
     full: Any = MethodSettings(**(PRESETS[settings.preset] | given))
     if settings.preset == "dense":
         _check_dense(full)
@@ -153,8 +157,27 @@ def _refuse(settings: Any, key: str, rule: str) -> None:
     raise UserError(f"`method.{key}` = {getattr(settings, key)}: {rule}")
 
 
+def _check_name(key: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+        raise UserError(f"`method.{key}` = {name}: unknown; {hint}")
+
+
 def _check(settings: Any, total_steps: int) -> None:
-    """Refuse values outside their own range."""
+    """Refuse unknown names and values outside their own range."""
+    tables: dict[str, Iterable[str]] = {
+        "initial": STARTS,
+        "initial_weight": WEIGHTS,
+        "removal": score.SCORES,
+        "regrowth": link.PREDICTORS,
+        "density": (*SHAPES, "em_s", "table"),
+        "pruning": [name for name in score.SCORES if name not in score.NEEDS_GRADIENT],
+    }
+    for key, known in tables.items():
+        _check_name(key, getattr(settings, key), known)
+    for rule in settings.regrowth_from.values():
+        _check_name("regrowth_from", rule, link.PREDICTORS)
     for key in ("sparsity", "start_sparsity", "zeta", "regrowth_delta", "momentum_beta"):
         if not 0 <= getattr(settings, key) < 1:
             _refuse(settings, key, "must be a fraction in [0, 1)")

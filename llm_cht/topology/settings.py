@@ -1,7 +1,8 @@
 """The settings of a method: every key that a preset may set and a user may override.
 
-Apart from the code that runs them, because they are what a researcher reads. A name that is chosen here is a row of the
-table in the module that owns the rule (``STARTS``, ``SCORES``, ``PREDICTORS``, ``SHAPES``, ``BUDGETS``, ``WEIGHTS``).
+Apart from the code that runs them, because they are what a researcher reads. A rule is chosen by the name of its row
+in the table of the module that owns it: plain strings, checked against those tables, so that a new rule needs no edit
+here.
 """
 
 from __future__ import annotations
@@ -9,26 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Preset = Literal["dense", "static", "set", "rigl", "snfs", "mest", "gmp", "granet", "esml", "cht", "chts", "chtss"]
-Regrowth = Literal[
-    "random", "preferential", "gradient", "momentum", "cn_l3", "ch2_l3n", "ch3_l3n", "ch2_l3p", "ch3_l3p"
-]
-
 
 @dataclass
 class MethodSettings:
     """How the topology starts and evolves; null means: as the preset says."""
 
-    preset: Preset = "chts"
-    """Row of defaults for every setting below; dense has no topology, and refuses settings of one."""
+    preset: str = "chts"
+    """Row of defaults for every setting below (`llm-cht methods`): dense, static, set, rigl, snfs, mest, gmp, granet,
+    esml, cht, chts, chtss; dense has no topology, and refuses settings of one."""
     sparsity: float = 0.9
     """Fraction of missing links at the end, in [0, 1)."""
     update_interval: int = 100
     """Optimizer steps between topology updates."""
     end_step: int | None = None
     """Last step with removal and regrowth; null: 0.75 of the run."""
-    initial: Literal["er", "brf", "bsw", "bsf", "csti", "file", "checkpoint"] | None = None
-    """First links: random, from calibration samples (csti), of a finished run (file), the own weights (checkpoint)."""
+    initial: str | None = None
+    """First links: er, brf, bsw, bsf (random graphs), csti (from calibration samples), file (of a finished run), or
+    checkpoint (the model's own strongest weights)."""
     initial_path: str | None = None
     """For file: RUN/model, or another folder with topology.safetensors."""
     brf_r: float | None = None
@@ -45,29 +43,18 @@ class MethodSettings:
     """csti in every layer; else only in those that see the input of the model, and er in the others."""
     calibration_sequences: int = 64
     """Training sequences that csti looks at."""
-    initial_weight: Literal["keep", "swi", "kaiming", "scaled"] | None = None
-    """First weights: the model's own; normal, for the density (swi) or not (kaiming); its own over sqrt(density)."""
+    initial_weight: str | None = None
+    """First weights: keep (the model's own), swi and kaiming (normal, for the density or not), or scaled (its own over
+    sqrt(density))."""
     initial_gain: float | None = None
     """Gain of swi and kaiming: sqrt(2) after ReLU, 1 after a norm."""
     budget: Literal["uniform", "er", "erk"] | None = None
     """How links are shared out between layers."""
     repair: bool | None = None
     """Move one link to every neuron that starts without any."""
-    removal: (
-        Literal[
-            "magnitude",
-            "relative_importance",
-            "general",
-            "mest",
-            "snip",
-            "sensitivity",
-            "reciprocal_sensitivity",
-            "two_sided",
-            "random",
-        ]
-        | None
-    ) = None
-    """Score by which links are kept."""
+    removal: str | None = None
+    """Score by which links are kept: magnitude, relative_importance, general, mest, snip, sensitivity,
+    reciprocal_sensitivity, two_sided, random."""
     removal_alpha: float | None = None
     """Of the general score: 1 is the magnitude, 0 half the relative importance."""
     removal_choice: Literal["hard", "soft"] | None = None
@@ -82,9 +69,9 @@ class MethodSettings:
     """Fraction of a layer's links removed at one update, in [0, 1)."""
     zeta_schedule: Literal["constant", "cosine"] | None = None
     """cosine: falls to 0 at end_step."""
-    regrowth: Regrowth | None = None
-    """Link predictor."""
-    regrowth_from: dict[int, Regrowth] | None = None
+    regrowth: str | None = None
+    """Link predictor: random, preferential, gradient, momentum, cn_l3, ch2_l3n, ch3_l3n, ch2_l3p, ch3_l3p."""
+    regrowth_from: dict[int, str] | None = None
     """Other link predictors from later steps on, e.g. {2000: gradient}."""
     regrowth_choice: Literal["hard", "soft"] | None = None
     """hard: the best missing links; soft: sampled."""
@@ -94,8 +81,9 @@ class MethodSettings:
     """Order of missing links with equal scores: random, or by the paths between their neurons (000 App. N; slow)."""
     momentum_beta: float | None = None
     """Decay of the average gradient under momentum."""
-    density: Literal["constant", "linear", "cubic", "sigmoid", "em_s", "table"] | None = None
-    """Density over time, from 1 - start_sparsity to 1 - sparsity; em_s: MEST's two stages; table: as in the table."""
+    density: str | None = None
+    """Density over time, from 1 - start_sparsity to 1 - sparsity: constant, linear, cubic, sigmoid, em_s (MEST's two
+    stages), or table."""
     density_table: dict[int, float] | None = None
     """Sparsity from each step on, e.g. {0: 0.5, 1000: 0.7, 3000: 0.9}."""
     start_sparsity: float | None = None
@@ -106,8 +94,9 @@ class MethodSettings:
     """End of the density window; null: end_step."""
     half_window: bool | None = None
     """Halve the density window, so that sigmoid and cubic decay cost equal FLOPs (002 App. I)."""
-    pruning: Literal["magnitude", "relative_importance"] | None = None
-    """Score of the links that density decay keeps."""
+    pruning: str | None = None
+    """Score of the links that density decay keeps: magnitude or relative_importance, or a removal score without a
+    gradient."""
     pruning_memory: bool | None = None
     """Pruned links compete with their remembered weights and can come back (GMP)."""
     pruning_scope: Literal["layer", "global"] | None = None

@@ -1,14 +1,22 @@
 """Presets and overrides resolved against a run: what is filled in, and what is refused."""
 
 import math
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from llm_cht.errors import UserError
+from llm_cht.topology import settings
+from llm_cht.topology.initial import STARTS
+from llm_cht.topology.link import PREDICTORS
 from llm_cht.topology.method import resolve
 from llm_cht.topology.presets import PRESETS, SOURCES
+from llm_cht.topology.schedule import SHAPES
+from llm_cht.topology.score import SCORES
 from llm_cht.topology.settings import MethodSettings
+from llm_cht.topology.weights import WEIGHTS
 
 
 def test_due_steps():
@@ -61,6 +69,14 @@ def test_dense_takes_what_it_resolves_to_and_what_only_says_when():
         ({"sparsity": 0.4}, r"`method.start_sparsity` = 0.5: .*`method.sparsity` = 0.4"),
         ({"workspace_mb": 0}, r"`method.workspace_mb` = 0"),
         ({"temperature_end": -1.0}, r"temperature_end"),
+        ({"preset": "rgl"}, "`method.preset` = rgl: unknown; did you mean `rigl`"),
+        ({"regrowth": "ch3l3p"}, "`method.regrowth` = ch3l3p: unknown; did you mean `ch3_l3p`"),
+        ({"regrowth_from": {20: "grad"}}, "`method.regrowth_from` = grad: unknown; did you mean `gradient`"),
+        ({"removal": "xyz"}, "`method.removal` = xyz: unknown; known: magnitude, "),
+        ({"initial": "brff"}, "`method.initial` = brff: unknown; did you mean `brf`"),
+        ({"initial_weight": "swl"}, "`method.initial_weight` = swl: unknown; did you mean `swi`"),
+        ({"density": "cubik"}, "`method.density` = cubik: unknown; did you mean `cubic`"),
+        ({"pruning": "mest"}, "`method.pruning` = mest: unknown"),
         ({"preset": "set", "early_stop": 1.5}, r"`method.early_stop` = 1.5: must lie in \[0, 1\]"),
         ({"preset": "mest", "zeta": 0.1}, r"`method.zeta` = 0.1: .*em_s"),
         ({"preset": "mest", "zeta_schedule": "cosine"}, r"`method.zeta_schedule` = cosine: .*em_s"),
@@ -127,3 +143,10 @@ def test_targets_of_the_stages_of_mest():
         targets = method.targets(shapes, step)
         assert (targets["a"].links, targets["a"].kept) == (links, 1000)
         assert (targets["b"].links, targets["b"].kept) == (links // 50, 20)
+
+
+def test_the_help_of_a_setting_names_all_its_rules():
+    text = Path(settings.__file__).read_text()
+    for names in (PRESETS, STARTS, WEIGHTS, SCORES, PREDICTORS, SHAPES):
+        for name in names:
+            assert re.search(rf"\b{name}\b", text), name
