@@ -28,7 +28,8 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ROOMS = """
     llm_cht errors
     files config dist
-    topology topology.keys topology.bits topology.score topology.link topology.select topology.initial topology.budget
+    topology topology.keys topology.bits topology.score topology.node_rules topology.path_rules topology.link
+    topology.subrank topology.select topology.initial topology.budget
     topology.percolate topology.schedule topology.method topology.measure
     sparse sparse.linear sparse.packed
     sparse.families sparse.surgery sparse.folder models data

@@ -94,7 +94,8 @@ class TopologyUpdater:
         self.last_update: int | None = None
         """optimizer step of the last update"""
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in sparse.layers.items()}
-        costs = [group_cost([shapes[name] for name in g.layers], method.settings.regrowth) for g in sparse.groups]
+        regrowth, density = method.settings.regrowth, method.density(0)
+        costs = [group_cost([shapes[name] for name in g.layers], regrowth, density) for g in sparse.groups]
         by_group = owners(costs, dist.world_size())
         self.owner = {name: by_group[i] for i, group in enumerate(sparse.groups) for name in group.layers}
         """the rank that computes each layer"""
