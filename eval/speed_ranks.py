@@ -155,7 +155,7 @@ def balance_table() -> None:
         with torch.device("meta"):  # no memory for 7 billion weights
             sparse = sparsify(build_model(ModelSettings(config=name), seed=0), SparseSettings())
         shapes = {n: (layer.out_features, layer.in_features) for n, layer in sparse.layers.items()}
-        costs = [group_cost([shapes[n] for n in group.layers], "ch2_l3n") for group in sparse.groups]
+        costs = [group_cost([shapes[n] for n in group.layers], "ch2_l3n", 0.1) for group in sparse.groups]
         for ranks in (2, 8, 64, 512):
             share = balance(costs, owners(costs, ranks), ranks)
             print(f"| {name} | {len(costs)} | {ranks} | {share:.3f} | {share * ranks:.1f} |")

@@ -37,7 +37,7 @@ DEEDS: dict[str, Callable[..., None]] = {
     "stop": send(signal.SIGSTOP),
     "term": send(signal.SIGTERM),
     "usr1": send(signal.SIGUSR1),
-    "sleep": lambda *_: time.sleep(6),
+    "sleep": lambda *_: time.sleep(8),
     "full disk": full_disk,
     "flip": flip_bit,
 }

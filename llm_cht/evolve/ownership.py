@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from llm_cht.topology.link import cost
 
 
-def group_cost(shapes: Sequence[tuple[int, int]], regrowth: str) -> float:
-    """Work of one update of the layers of a group, in FLOP where products dominate."""
-    return sum(cost(regrowth, shape) for shape in shapes)
+def group_cost(shapes: Sequence[tuple[int, int]], regrowth: str, density: float) -> float:
+    """Work of one update of the layers of a group at ``density``, in FLOP where products dominate."""
+    return sum(cost(regrowth, shape, density) for shape in shapes)
 
 
 def owners(costs: Sequence[float], num_ranks: int) -> list[int]:

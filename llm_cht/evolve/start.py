@@ -20,8 +20,14 @@ from llm_cht.sparse.surgery import SparseModel
 from llm_cht.topology.correlated import Correlation
 from llm_cht.topology.initial import STARTS, Given, InitialOptions, repair, unlinked
 from llm_cht.topology.keys import Keys
+from llm_cht.topology.link import PATH_RULES, estimated_seconds
 from llm_cht.topology.method import Method
 from llm_cht.topology.weights import first_weight, own_std
+
+PATIENCE_S = 120.0
+"""estimated time of one layer's update above which a path rule must be forced"""
+GPU_SPEEDUP = 100.0
+"""of the estimate on CUDA, by the peaks of the devices' fp32 products; not measured"""
 
 Calibrate = Callable[[nn.Module], None]
 """runs the model forward on calibration samples"""
@@ -41,9 +47,11 @@ def check_start(sparse: SparseModel, method: Method) -> None:
     """Refuse what can be refused before data are read and anything is drawn.
 
     Raises:
-        UserError: a density leaves a layer without a link; the file of the first links does not fit.
+        UserError: a density leaves a layer without a link; the file of the first links does not fit; a path rule would
+            take minutes in a layer.
     """
     shapes = _shapes(sparse)
+    _check_time(sparse, method)
     method.targets(shapes, 0)
     method.targets(shapes, method.updates.last_due)
     if method.settings.initial == "file":
@@ -86,6 +94,24 @@ def draw_start(sparse: SparseModel, method: Method, seed: int, calibrate: Calibr
         lonely["outputs"] += outputs
         lonely["inputs"] += inputs
     return Start(lonely, deviations)
+
+
+def _check_time(sparse: SparseModel, method: Method) -> None:
+    """Refuse path rules where one layer would take longer than ``PATIENCE_S``; node rules stay quick at any density."""
+    if method.settings.force:
+        return
+    density = method.density(0)
+    for name, layer in sparse.layers.items():
+        shape = (layer.out_features, layer.in_features)
+        speedup = GPU_SPEEDUP if layer.weight.is_cuda else 1.0
+        for rule in sorted(method.rules & PATH_RULES):
+            seconds = estimated_seconds(rule, shape, density) / speedup
+            if seconds > PATIENCE_S:
+                raise UserError(
+                    f"`method.regrowth` = {rule}: an update of `{name}` {shape} at density {density:g} would take about "
+                    f"{seconds / 60:.0f} minutes; take the node rule {rule[:-1]}n, raise `method.sparsity`, or set "
+                    "`method.force: true`"
+                )
 
 
 def _shapes(sparse: SparseModel) -> dict[str, tuple[int, int]]:

@@ -54,7 +54,8 @@ class TopologyUpdater:
         self.stopped: set[str] = set()
         """layers that evolve no longer (early stop)"""
         self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in sparse.layers.items()}
-        costs = [group_cost([self.shapes[name] for name in g.layers], method.settings.regrowth) for g in sparse.groups]
+        shapes = [[self.shapes[name] for name in group.layers] for group in sparse.groups]
+        costs = [max(group_cost(s, rule, method.density(0)) for rule in method.rules or {"random"}) for s in shapes]
         by_group = owners(costs, dist.world_size())
         self.owner = {name: by_group[i] for i, group in enumerate(sparse.groups) for name in group.layers}
         """the rank that computes each layer"""
@@ -280,8 +281,8 @@ class TopologyUpdater:
         """FLOPs of the link predictors at the update of ``step``."""
         if not self.method.evolves(step):
             return 0.0
-        rule = self.method.regrowth(step)
-        return sum(cost(rule, shape) for name, shape in self.shapes.items() if name not in self.stopped)
+        rule, density = self.method.regrowth(step), self.method.density(step)
+        return sum(cost(rule, shape, density) for name, shape in self.shapes.items() if name not in self.stopped)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the masks on every rank, and of what the owners remember, over all ranks; a collective."""

@@ -2,25 +2,22 @@
 
 One signature, so that a method names its predictor as data: ``(mask_OI, gradient_OI, workspace_mb) -> score_OI``, fp32,
 at least 0 and exactly 0 on existing links. The gradient, that of the dense weight, is None unless ``NEEDS_GRADIENT``
-has the predictor.
+has the predictor; those in ``NEEDS_MOMENTUM`` get its average over the steps in the same place.
 
-A layer is a bipartite graph. CH2-L3n adds, over all paths of length three from an output to an input, one node term per
-path, which makes it four dense matrix products; path by path, as published, it is out of reach at 10 % density. The
-products go in blocks of rows, so that the square matrices of common neighbours (462 MiB for the inputs of a
-4096 x 11008 layer) never exist whole; the elementwise work between two products runs in place, on pieces that stay in
-the cache. Sparse products were rejected: they win only below about 2 % density.
+A layer is a bipartite graph. The Cannistraci-Hebb (CH) rules add up the paths of length three from an output to an
+input: node rules (``node_rules``) weigh a path by one of its inner nodes, which makes them a few matrix products; path
+rules (``path_rules``) by both, which costs as many FLOP as there are pairs of links.
 """
 
 from collections.abc import Callable
+from functools import partial
 
-import torch
 from torch import Tensor
 
-from llm_cht.errors import UserError
+from llm_cht.topology.node_rules import SPARSE_BELOW, node_scores
+from llm_cht.topology.path_rules import PATHS_BELOW, path_scores
 
 Predictor = Callable[[Tensor, Tensor | None, int], Tensor]
-
-_PIECE = 1 << 18  # numbers per elementwise piece
 
 
 def random(mask_OI: Tensor, gradient_OI: Tensor | None, workspace_mb: int) -> Tensor:
@@ -29,67 +26,89 @@ def random(mask_OI: Tensor, gradient_OI: Tensor | None, workspace_mb: int) -> Te
 
 
 def gradient(mask_OI: Tensor, gradient_OI: Tensor | None, workspace_mb: int) -> Tensor:
-    """Return the size of the loss's gradient by the missing link (RigL), averaged over ranks and micro-batches."""
+    """Return the size of the loss's gradient by the missing link, averaged over ranks and micro-batches.
+
+    The gradient of the last step (RigL), or an average of it over steps (momentum: SNFS; paper 003, eq. 10).
+    """
     assert gradient_OI is not None, "the updater captures the gradient for predictors in NEEDS_GRADIENT"
     return gradient_OI.abs().masked_fill_(mask_OI, 0)
 
 
+def preferential(mask_OI: Tensor, gradient_OI: Tensor | None, workspace_mb: int) -> Tensor:
+    """Return the product of the degrees of the two neurons (paper 000, App. M)."""
+    links_OI = mask_OI.float()
+    return (links_OI.sum(dim=1, keepdim=True) * links_OI.sum(dim=0)).masked_fill_(mask_OI, 0)
+
+
+def cn_l3(mask_OI: Tensor, gradient_OI: Tensor | None, workspace_mb: int) -> Tensor:
+    """Return the number of paths of length three, A A^T A (paper 000, section 3.1)."""
+    return node_scores(mask_OI, workspace_mb, "cn")
+
+
 def ch2_l3n(mask_OI: Tensor, gradient_OI: Tensor | None, workspace_mb: int) -> Tensor:
-    """Return the CH2-L3n scores (paper 002, Algorithm 1), shape (out, in).
-
-    With UU = A A^T, VV = A^T A and d the degrees: e_U[i, j] = (UU[i, j] + 1) / (d_j - UU[i, j]) where UU[i, j] > 0,
-    else 0, e_V alike from VV; the score is e_U A + (e_V A^T)^T. Where the denominator is 0 (every neighbour of j is one
-    of i's, so that j lies on no path to a missing link of i; the diagonal is such a case) e is 0.
-
-    Temporaries beyond the fp32 adjacency and the result stay below ``workspace_mb`` MiB; a ``UserError`` says so if not
-    even one row fits.
-    """
-    adjacency_OI = mask_OI.float()
-    score_OI = torch.empty_like(adjacency_OI)
-    _node_paths(adjacency_OI, workspace_mb, out=score_OI, beta=0)
-    _node_paths(adjacency_OI.T, workspace_mb, out=score_OI.T, beta=1)
-    return score_OI.masked_fill_(mask_OI, 0)
+    """Return the CH2-L3n scores (paper 002, Algorithm 1), see ``node_scores``."""
+    return node_scores(mask_OI, workspace_mb, "ch2")
 
 
-def _node_paths(links_UV: Tensor, workspace_mb: int, out: Tensor, beta: int) -> None:
-    """Put beta * out + e_U @ links_UV into ``out`` (U, V), in blocks of rows."""
-    num_nodes = links_UV.shape[0]
-    room = workspace_mb * 2**20 // 4 * 7 // 8  # numbers; an eighth is left to buffers inside BLAS
-    piece_rows = max(1, min(_PIECE, room // 2) // num_nodes)
-    rows = min(num_nodes, room // num_nodes - piece_rows)
-    if rows < 1:
-        raise UserError(
-            f"`method.workspace_mb` = {workspace_mb}: too small for a layer with {num_nodes} neurons; raise it"
-        )
-    degree_U = links_UV.sum(dim=1)
-    common = links_UV.new_empty(rows, num_nodes)
-    for start in range(0, num_nodes, rows):
-        block = slice(start, min(start + rows, num_nodes))
-        common_BU = torch.mm(links_UV[block], links_UV.T, out=common[: block.stop - start])
-        for piece in common_BU.split(piece_rows):
-            _common_to_weight_(piece, degree_U)
-        out[block].addmm_(common_BU, links_UV, beta=beta)
+def ch3_l3n(mask_OI: Tensor, gradient_OI: Tensor | None, workspace_mb: int) -> Tensor:
+    """Return the CH3-L3n scores: CH2-L3n with numerator 1."""
+    return node_scores(mask_OI, workspace_mb, "ch3")
 
 
-def _common_to_weight_(common_BU: Tensor, degree_U: Tensor) -> None:
-    """Turn numbers of common neighbours into the weights e, in place."""
-    # Neighbours of j that are not i's: where there are none the weight becomes 0, as where nothing is shared.
-    others_BU = torch.threshold_(degree_U - common_BU, 0, torch.inf)
-    torch.threshold_(common_BU.add_(1), 1, 0).div_(others_BU)
+def ch2_l3p(mask_OI: Tensor, gradient_OI: Tensor | None, workspace_mb: int) -> Tensor:
+    """Return the CH2-L3p scores, see ``path_scores``."""
+    return path_scores(mask_OI, workspace_mb, "ch2")
 
 
-PREDICTORS: dict[str, Predictor] = {"random": random, "gradient": gradient, "ch2_l3n": ch2_l3n}
+def ch3_l3p(mask_OI: Tensor, gradient_OI: Tensor | None, workspace_mb: int) -> Tensor:
+    """Return the CH3-L3p scores (papers 000 eq. 2 and 002 eq. 5), see ``path_scores``."""
+    return path_scores(mask_OI, workspace_mb, "ch3")
+
+
+PREDICTORS: dict[str, Predictor] = {
+    "random": random,
+    "gradient": gradient,
+    "momentum": gradient,
+    "preferential": preferential,
+    "cn_l3": cn_l3,
+    "ch2_l3n": ch2_l3n,
+    "ch3_l3n": ch3_l3n,
+    "ch2_l3p": ch2_l3p,
+    "ch3_l3p": ch3_l3p,
+}
 NEEDS_GRADIENT = frozenset({"gradient"})
 NEEDS_MOMENTUM = frozenset({"momentum"})
-PATHS = frozenset({"cn_l3", "ch2_l3n", "ch3_l3n", "ch2_l3p", "ch3_l3p"})
-"""rules on paths of length three, whose ties sub-ranking can break"""
+"""predictors that look at an average of the gradient over all steps"""
+
+PATH_RULES = frozenset({"ch2_l3p", "ch3_l3p"})
+"""predictors whose time grows with the square of the density"""
+
+LINK_SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "ch2_l3n": partial(node_scores, rule="ch2", on_links=True),
+    "ch3_l3n": partial(node_scores, rule="ch3", on_links=True),
+    "ch2_l3p": partial(path_scores, rule="ch2", on_links=True),
+    "ch3_l3p": partial(path_scores, rule="ch3", on_links=True),
+}
+"""``(mask_OI, workspace_mb) -> score_OI``: the existing links' own CH scores, each as if it alone were missing"""
 
 
-def cost(predictor: str, shape: tuple[int, int]) -> float:
+def cost(predictor: str, shape: tuple[int, int], density: float) -> float:
     """Work of an update that regrows by ``predictor`` in a layer of ``shape``, in FLOP; choosing counts 100 a position.
 
-    Node rules: the four products, 4 m n (m + n).
+    What does not run as dense products counts as the FLOP that they would do in that time on a CPU: below
+    ``SPARSE_BELOW`` and ``PATHS_BELOW`` by fits to the tables in ``node_rules`` and ``path_rules``.
     """
     out, inputs = shape
-    products = 4.0 * out * inputs * (out + inputs) if predictor == "ch2_l3n" else 0.0
-    return products + 100.0 * out * inputs
+    positions = float(out * inputs)
+    sparse = 0.08 + 2.6 * density if density < SPARSE_BELOW else 1.0
+    products = {
+        "cn_l3": 4 * positions * out * sparse,
+        "ch2_l3n": 4 * positions * (out + inputs) * sparse,
+        "ch2_l3p": 2 * (positions * density) ** 2 * min(1.0, density / PATHS_BELOW),
+    }
+    return products.get(predictor.replace("ch3", "ch2"), 0.0) + 100 * positions
+
+
+def estimated_seconds(predictor: str, shape: tuple[int, int], density: float) -> float:
+    """Time of ``cost`` at 10 GFLOP/s; one core of an AMD EPYC did 20 to 100 (*measured*), path rules the least."""
+    return cost(predictor, shape, density) / 1e10

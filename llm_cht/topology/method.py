@@ -218,9 +218,9 @@ def _check_together(settings: Any) -> None:
     if s.removal_choice == "soft" and s.removal in score.HARD_ONLY:
         _refuse(s, "removal", "ranks links, which cannot be sampled by; set `method.removal_choice: hard`")
     if s.ties == "subrank" and (
-        s.regrowth_choice == "soft" or not {s.regrowth, *s.regrowth_from.values()} <= link.PATHS
+        s.regrowth_choice == "soft" or not {s.regrowth, *s.regrowth_from.values()} <= link.LINK_SCORES.keys()
     ):
-        _refuse(s, "ties", f"needs `method.regrowth_choice: hard` and link predictors among {sorted(link.PATHS)}")
+        _refuse(s, "ties", f"needs `method.regrowth_choice: hard` and link predictors among {sorted(link.LINK_SCORES)}")
     if s.density in ("constant", "em_s") and (s.pruning_memory or s.pruning_scope == "global"):
         key = "pruning_memory" if s.pruning_memory else "pruning_scope"
         _refuse(s, key, f"nothing is pruned under `method.density: {s.density}`; choose another density")

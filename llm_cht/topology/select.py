@@ -5,19 +5,31 @@ are one operation. ``torch.multinomial`` was rejected (at most 2**24 categories,
 was a bare threshold (it takes too many when scores are equal). Memory is linear in the number of scores.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from llm_cht.topology.keys import Keys
 
+TieBreak = Callable[[Tensor], Tensor]
+
 _LARGE, _SAMPLE = 1 << 17, 1 << 14
 
 
-def top_k(score: Tensor, k: int, keys: Keys, purpose: str, index: Tensor | None = None) -> Tensor:
+def top_k(
+    score: Tensor,
+    k: int,
+    keys: Keys,
+    purpose: str,
+    index: Tensor | None = None,
+    tie_break: TieBreak | None = None,
+) -> Tensor:
     """Return the positions (int64, ascending) of exactly the ``k`` largest of a 1-D ``score`` without NaN.
 
     Equal scores are taken in the order of their random bits at ``index`` (flat index of each score in the layer;
-    default: its position), which are computed for those alone.
+    default: its position), which are computed for those alone. ``tie_break`` gives second scores, without NaN, of the
+    flat indices that are tied for the last places; the bits then order those still equal.
     """
     chosen, kth = _at_least_kth(score, k)
     if chosen.numel() == k:
@@ -25,7 +37,11 @@ def top_k(score: Tensor, k: int, keys: Keys, purpose: str, index: Tensor | None 
     is_above = score[chosen] > kth
     above, tied = chosen[is_above], chosen[~is_above]
     num_wanted = k - above.numel()
-    bits = keys.bits(purpose, tied if index is None else index[tied])
+    tied_index = tied if index is None else index[tied]
+    if tie_break is not None:
+        winners = top_k(tie_break(tied_index), num_wanted, keys, purpose, tied_index)
+        return torch.cat([above, tied[winners]]).sort().values
+    bits = keys.bits(purpose, tied_index)
     winners = _at_least_kth(bits, num_wanted)[0][:num_wanted]  # [:]: bits may be equal, rarely; lower positions win
     return torch.cat([above, tied[winners]]).sort().values
 
@@ -46,14 +62,25 @@ def choose(
     return top_k(noisy, k, keys, purpose, index)
 
 
-def choose_missing(score_OI: Tensor, mask_OI: Tensor, k: int, exponent: float | None, keys: Keys) -> Tensor:
+def choose_missing(
+    score_OI: Tensor,
+    mask_OI: Tensor,
+    k: int,
+    exponent: float | None,
+    keys: Keys,
+    tie_break: TieBreak | None = None,
+) -> Tensor:
     """Return the flat indices (ascending) of ``k`` missing links to regrow; ``score_OI`` is 0 on existing links.
 
     Positive scores come first, hard or soft (see ``choose``). If fewer than ``k`` are positive all of them are taken
-    and the others drawn uniformly, first where both neurons have links, then among the rest.
+    and the others drawn uniformly, first where both neurons have links, then among the rest. ``tie_break`` (see
+    ``top_k``) serves the hard choice among positive scores.
     """
+    assert tie_break is None or exponent is None, "a sample has no ties to break"
     score = score_OI.reshape(-1)
     num_positive = int(score.count_nonzero())
+    if k <= num_positive and tie_break is not None:
+        return top_k(score, k, keys, "regrow", tie_break=tie_break)
     if k <= num_positive:
         return choose(score, k, exponent, keys, "regrow")
     positive = score > 0

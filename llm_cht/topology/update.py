@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from llm_cht.topology.keys import Keys
-from llm_cht.topology.link import NEEDS_MOMENTUM, PREDICTORS
+from llm_cht.topology.link import LINK_SCORES, NEEDS_MOMENTUM, PREDICTORS
 from llm_cht.topology.method import Method, Target
 from llm_cht.topology.percolate import Group, QueryKey, ValueOutput, percolate, with_dead_heads
 from llm_cht.topology.score import SCORES, Scored
 from llm_cht.topology.select import choose, choose_missing
+from llm_cht.topology.subrank import subrank
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,16 @@ class _Layer:
             scored.check_range(score)
             scored.check_zero_on_links()
             grown = part.clone()
-            grown.view(-1)[choose_missing(score, part, missing, exponent, self._keys(head))] = True
+            ties = self._subrank(part, rule) if settings.ties == "subrank" else None
+            grown.view(-1)[choose_missing(score, part, missing, exponent, self._keys(head), ties)] = True
             return grown
 
         return self._by_head(grow)
+
+    def _subrank(self, mask: Tensor, rule: str) -> Callable[[Tensor], Tensor]:
+        """Second scores of missing links that are tied (000, App. N)."""
+        workspace_mb = self.method.settings.workspace_mb
+        return lambda positions: subrank(mask, LINK_SCORES[rule](mask, workspace_mb), positions)
 
     def _counts(self, mask: Tensor) -> list[int]:
         return [int(part.count_nonzero()) for part in mask.chunk(self.heads)]

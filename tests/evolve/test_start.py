@@ -142,3 +142,19 @@ def test_budgets_share_out_one_density(budget):
     positions = sum(layer.mask.numel() for layer in sparse.layers.values())
     assert links == num_links((1, positions), 0.1)
     assert len({layer.mask.float().mean().item() for layer in sparse.layers.values()}) > 1
+
+
+def test_a_path_rule_that_would_take_minutes_must_be_forced():
+    wide = dict(vocab_size=8, hidden_size=2048, intermediate_size=5504, num_hidden_layers=1, num_attention_heads=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**wide))
+    sparse = sparsify(model, SparseSettings())
+    message = (
+        r"`method.regrowth` = ch3_l3p: .*gate_proj` \(5504, 2048\) at density 0.1 would take about \d+ minutes; .*force"
+    )
+    for settings in ({"preset": "esml"}, {"preset": "set", "regrowth_from": {50: "ch3_l3p"}}):
+        with pytest.raises(UserError, match=message):
+            check_start(sparse, resolve(MethodSettings(update_interval=10, **settings), 100))
+        check_start(sparse, resolve(MethodSettings(update_interval=10, force=True, **settings), 100))
+    check_start(sparse, resolve(MethodSettings("esml", sparsity=0.99, update_interval=10), 100))
+    check_start(sparse, resolve(MethodSettings("chts", update_interval=10), 100))

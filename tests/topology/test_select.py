@@ -35,6 +35,26 @@ def test_top_k_is_exact_and_breaks_ties_by_the_bits(levels, data):
     assert top_k(score, k, KEYS, "tie", index).tolist() == sorted(best)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=40), st.data())
+def test_ties_are_broken_by_a_second_score_then_by_the_bits(levels, data):
+    k = data.draw(st.integers(0, len(levels)))
+    score = torch.tensor([first for first, _ in levels], dtype=torch.float32)
+    second = torch.tensor([second for _, second in levels], dtype=torch.float64)
+    index = torch.arange(len(levels)) * 7 + 3
+    asked = []
+
+    def tie_break(positions: Tensor) -> Tensor:
+        asked.append(positions)
+        return second[(positions - 3) // 7]
+
+    bits = KEYS.bits("tie", index).tolist()
+    best = sorted(range(len(levels)), key=lambda i: (-score[i].item(), -second[i].item(), -bits[i]))[:k]
+    assert top_k(score, k, KEYS, "tie", index, tie_break).tolist() == sorted(best)
+    for positions in asked:
+        assert len(score[(positions - 3) // 7].unique()) == 1
+
+
 @pytest.mark.parametrize("k", [1, 50, 7000, 90_000, 250_000])
 def test_top_k_of_many_scores(k):
     """Long enough for the bound from a sample, with many ties, and with a peak that the sample overrates or misses."""
@@ -162,6 +182,17 @@ def test_regrown_links_are_missing_positive_and_counted(rows, columns, density, 
     assert int((score.flatten()[chosen] > 0).sum()) == min(k, num_positive)
     linked = (mask.any(1, keepdim=True) & mask.any(0) & ~mask & (score == 0)).flatten()
     assert int(linked[chosen].sum()) == min(max(0, k - num_positive), int(linked.sum()))
+
+
+def test_regrowth_breaks_ties_of_positive_scores():
+    mask = torch.eye(3, dtype=torch.bool)
+    score = torch.tensor([[0.0, 1.0, 1.0], [2.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    assert choose_missing(score, mask, 3, None, KEYS, lambda positions: -positions.double()).tolist() == [1, 2, 3]
+    assert choose_missing(score, mask, 3, None, KEYS, lambda positions: positions.double()).tolist() == [3, 5, 6]
+    filled = choose_missing(score, mask, 6, None, KEYS, lambda positions: positions.double())
+    assert filled.tolist() == [1, 2, 3, 5, 6, 7]
+    with pytest.raises(AssertionError):
+        choose_missing(score, mask, 3, 1.0, KEYS, lambda positions: positions.double())
 
 
 def test_zero_scores_are_filled_in_order_and_uniformly():
