@@ -108,8 +108,8 @@ def _check_time(sparse: SparseModel, method: Method) -> None:
             seconds = estimated_seconds(rule, shape, density) / speedup
             if seconds > PATIENCE_S:
                 raise UserError(
-                    f"`method.regrowth` = {rule}: an update of `{name}` {shape} at density {density:g} would take about "
-                    f"{seconds / 60:.0f} minutes; take the node rule {rule[:-1]}n, raise `method.sparsity`, or set "
+                    f"`method.regrowth` = {rule}: an update of `{name}` {shape} at density {density:g} would take "
+                    f"about {seconds / 60:.0f} minutes; take the node rule {rule[:-1]}n, raise `method.sparsity`, or set "
                     "`method.force: true`"
                 )
 
