@@ -109,6 +109,7 @@ def _train(arguments: Sequence[str]) -> None:
         f"\nvalidation perplexity  {end['perplexity']:.2f}"
         f"   (a unigram model of the same tokens: {end['unigram_perplexity']:.1f})\n"
         f"density                {end['density']:.3f} at the end, {end['average_density']:.3f} on average\n"
+        f"FLOPs                  {end['flops']:.2e}, {end['flops_relative']:.3f} of the dense model's on these tokens\n"
         f"time                   {end['seconds']:.0f} s for {end['tokens']:,} tokens\n"
         f"model                  {run / 'model'}\n"
         f"report                 {report}\n"

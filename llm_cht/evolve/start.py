@@ -109,8 +109,8 @@ def _check_time(sparse: SparseModel, method: Method) -> None:
             if seconds > PATIENCE_S:
                 raise UserError(
                     f"`method.regrowth` = {rule}: an update of `{name}` {shape} at density {density:g} would take "
-                    f"about {seconds / 60:.0f} minutes; take the node rule {rule[:-1]}n, raise `method.sparsity`, or set "
-                    "`method.force: true`"
+                    f"about {seconds / 60:.0f} minutes; take the node rule {rule[:-1]}n, raise `method.sparsity`, or "
+                    "set `method.force: true`"
                 )
 
 

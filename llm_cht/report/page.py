@@ -152,6 +152,10 @@ def headlines(run: RunRecords) -> list[Headline]:
         figures += _sparse_headlines(run)
     else:
         figures.append(Headline("Parameters", compact(run.start["parameters"]), "dense"))
+    if "flops" in last:  # runs of older versions counted none
+        ended = run.end["summary"] if run.end else {}
+        share = f"{ended['flops_relative']:.2f} of the dense model's" if ended else "so far, missing links not counted"
+        figures.append(Headline("FLOPs", f"{last['flops']:.2g}", share))
     seconds = (run.end or last)["seconds"]
     speed = statistics.median(record["tokens_per_second"] for record in run.train)
     return [

@@ -119,6 +119,7 @@ def make_records(preset: str, ended: bool, shape: Shape, shapes: dict[str, tuple
             "perplexity": records[-1]["perplexity"],
             "unigram_perplexity": 812.4,
             "average_density": total / stop,
+            "flops_relative": 0.4 + 0.6 * total / stop,
         }
         records.append({"kind": "end", **_when(stop), "summary": summary})
     return records
@@ -211,6 +212,7 @@ def _train(
         "peak_memory_mb": 6400.0 + 500 * min(1.0, step / shape.interval),
         "density": density,
         "average_density": average,
+        "flops": 1e12 * step * (0.4 + 0.6 * average),
     }
 
 
