@@ -278,10 +278,8 @@ def _setting(sweep: Sweep, words: list[str], case: str | None, varied: dict[str,
     except UserError as error:
         where = "" if case is None else f"case `{case}`: "
         shown = ", ".join(f"{key} {text(value)}" for key, value in wanted.items())
-        raise UserError(
-            f"{sweep.file}, {where}{shown or 'no overrides'}: {error} (`skip` leaves a combination of the grid out; a "
-            "case may set a key of the grid itself)"
-        ) from error
+        remedy = " (`skip` leaves a combination out; a case may set a key of the grid itself)" if varied else ""
+        raise UserError(f"{sweep.file}, {where}{shown or 'no overrides'}: {error}{remedy}") from error
     factors = ({} if case is None else {CASE: case}) | {key: text(values[key]) for key in varied}
     name = "_".join(([] if case is None else [case]) + [_word(key, values[key]) for key in varied])
     if len(name) > _MAX_NAME or not name:

@@ -86,7 +86,7 @@ def test_a_failing_run_is_told_and_the_others_go_on(write, tmp_path, capsys):
 def test_the_same_command_goes_on_and_repeats_what_failed_only(write, tmp_path):
     missing = tmp_path / "later.txt"
     cases = {
-        "dense": {"method.preset": "dense"},
+        "static": {"method.preset": "static"},
         "late": {"data.source": str(missing)},
         "set": {"method.preset": "set"},
     }
@@ -102,14 +102,14 @@ def test_the_same_command_goes_on_and_repeats_what_failed_only(write, tmp_path):
     assert "SIGTERM: the sweep is stopped; the same command goes on" in err
     assert ["summary" in record for record in results(folder)] == [True, False]
     assert list((stopped / "checkpoints").glob("step-*")), "not saved"
-    first = (folder / "dense_seed0" / "metrics.jsonl").stat()
+    first = (folder / "static_seed0" / "metrics.jsonl").stat()
 
     missing.write_text((tmp_path / "text.txt").read_text())
     code, out, err = finished(command("sweep", file, *steps))
     assert code == 0, err
     assert "3 runs, 1 finished before" in err
-    assert (folder / "dense_seed0" / "metrics.jsonl").stat() == first
-    assert [record["name"] for record in results(folder)] == ["dense_seed0", "late_seed0", "set_seed0"]
+    assert (folder / "static_seed0" / "metrics.jsonl").stat() == first
+    assert [record["name"] for record in results(folder)] == ["static_seed0", "late_seed0", "set_seed0"]
     assert "resumed from" in (stopped / "log.txt").read_text()
     assert "| set | 1 of 1 |" in out
 
