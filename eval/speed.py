@@ -26,11 +26,14 @@ from torch import Tensor, nn
 from llm_cht import __version__
 from llm_cht.models import ModelSettings, build_model
 from llm_cht.sparse.surgery import SparseSettings, sparsify
+from llm_cht.topology.initial import STARTS, Given, InitialOptions
 from llm_cht.topology.keys import Keys
 from llm_cht.topology.link import ch2_l3n
-from llm_cht.topology.method import Inputs, Method, MethodSettings, Moment, resolve, update_group
+from llm_cht.topology.method import Method, resolve
 from llm_cht.topology.percolate import Group, Mlp, QueryKey, ValueOutput
 from llm_cht.topology.select import choose, choose_missing, top_k
+from llm_cht.topology.settings import MethodSettings
+from llm_cht.topology.update import Inputs, Moment, update_group
 from llm_cht.train.engine import Engine, EngineSettings, Precision, start_engine
 from llm_cht.train.optim import OptimizerSettings, build_optimizer
 
@@ -100,7 +103,13 @@ def update_table(repetitions: int) -> None:
         compare(f"score of {shape[0]} x {shape[1]}", variants, repetitions)
 
     method = resolve(MethodSettings(preset="chts", sparsity=1 - DENSITY), total_steps=10_000)
-    masks = {name: method.start(shape, Keys(0, 0, name)) for name, shape in LLAMA_60M_BLOCK.items()}
+    options = InitialOptions(method.settings.brf_r, method.settings.brf_degree)
+    masks = {
+        name: STARTS["brf"](shape, target.links, Keys(0, 0, name), options, Given())
+        for (name, shape), target in zip(
+            LLAMA_60M_BLOCK.items(), method.targets(LLAMA_60M_BLOCK, 0).values(), strict=True
+        )
+    }
     weights = {name: torch.randn(mask.shape) * mask for name, mask in masks.items()}
     products = [bare_products(shape) for shape in LLAMA_60M_BLOCK.values()]
     variants = {
@@ -122,7 +131,7 @@ def update_table(repetitions: int) -> None:
 def _update(method: Method, weights: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
     moment = Moment(step=3000, update=30, seed=0)
     for group in (ATTENTION, MLP):
-        update_group(method, group, Inputs(weights, masks), frozenset(), moment)
+        update_group(method, group, Inputs(weights, masks, method.targets(LLAMA_60M_BLOCK, 3000)), moment)
 
 
 def select_table(repetitions: int) -> None:

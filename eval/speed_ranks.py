@@ -25,10 +25,12 @@ from torch import Tensor
 from eval.speed import alternate, processor
 from llm_cht import __version__, dist
 from llm_cht.evolve.ownership import balance, group_cost, owners
-from llm_cht.evolve.updater import TopologyUpdater, draw_start
+from llm_cht.evolve.start import draw_start
+from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.models import ModelSettings, build_model
 from llm_cht.sparse.surgery import SparseModel, SparseSettings, sparsify
-from llm_cht.topology.method import MethodSettings, resolve
+from llm_cht.topology.method import resolve
+from llm_cht.topology.settings import MethodSettings
 from llm_cht.train.engine import Engine, EngineSettings, start_engine
 from llm_cht.train.optim import OptimizerSettings, build_optimizer
 
@@ -55,7 +57,7 @@ def prepared(engine: Engine, model_name: str, sparse: bool) -> tuple[Any, Any, A
 
 
 def method_of(preset: str) -> Any:
-    return resolve(MethodSettings(preset=preset, sparsity=0.9), STEPS)  # type: ignore[arg-type]
+    return resolve(MethodSettings(preset=preset, sparsity=0.9), STEPS)
 
 
 def update_table(engine: Engine, model_name: str, repetitions: int) -> None:

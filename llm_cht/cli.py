@@ -1,4 +1,4 @@
-"""The command line: ``llm-cht train``, ``prepare``, ``report``, ``export``, ``sweep``.
+"""The command line: ``llm-cht train`` and what goes around it.
 
 A ``UserError`` is printed without a traceback and ends with code 2; anything else is a defect and keeps its traceback.
 The commands import what they need when they are called, so that ``--help`` does not wait for torch.
@@ -7,6 +7,7 @@ The commands import what they need when they are called, so that ``--help`` does
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 import time
@@ -29,6 +30,7 @@ usage: llm-cht COMMAND ...
   llm-cht report RUN                                      write RUN/report.html
   llm-cht sweep SWEEP.yaml [--section.key value ...]      make a grid of runs and compare them
   llm-cht export RUN FOLDER [--dtype bfloat16]            write the model of a run's (or one) checkpoint to a folder
+  llm-cht methods [PRESET]                                what can be trained: all methods, or every setting of one
 
 `llm-cht --version` prints the version.
 A run is stopped by CTRL-C and goes on by `llm-cht train RUN/config.yaml --resume auto`."""
@@ -55,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"llm-cht: error: {_memory_message(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read it has seen enough (`| head`)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it at exit)
+        return 141
     except KeyboardInterrupt:
         print("llm-cht: interrupted", file=sys.stderr)
         return 130
@@ -201,6 +206,28 @@ def _sweep(arguments: Sequence[str]) -> int:
     return 1 if outcome.failed else 0
 
 
+def _methods(arguments: Sequence[str]) -> None:
+    import yaml
+
+    from llm_cht.topology.presets import PRESETS, overview
+
+    if not arguments:
+        rows = overview()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print("\n`llm-cht methods PRESET` lists its settings; any of them can be changed: --method.zeta 0.3")
+        return
+    if arguments[0] in ("--help", "-h") or len(arguments) > 1:
+        raise UserError("usage: llm-cht methods [PRESET]")
+    name = arguments[0]
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(PRESETS)}"
+        raise UserError(f"unknown method `{name}`; {hint}")
+    print(yaml.safe_dump({"method": {"preset": name, **PRESETS[name]}}, sort_keys=False), end="")
+
+
 def _refuse(message: str) -> NoReturn:
     raise UserError(f"llm-cht export: {message}; usage: llm-cht export RUN FOLDER [--dtype bfloat16]")
 
@@ -216,6 +243,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "report": _report,
     "export": _export,
     "sweep": _sweep,
+    "methods": _methods,
 }
 
 if __name__ == "__main__":

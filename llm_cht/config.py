@@ -240,4 +240,8 @@ def _readable(message: str) -> str:
     )
     for theirs, ours in _WORDS.items():
         text = text.replace(theirs, ours)
+    choice = re.search(r"Expected one of \[(.*)\].*Got value: (\S+)$", text)
+    if choice:
+        near = difflib.get_close_matches(choice[2], re.findall(r"'([^']*)'", choice[1]), n=1)
+        text += f"; did you mean `{near[0]}`?" if near else ""
     return text

@@ -5,6 +5,7 @@ read it once, at import. Programs that tests start inherit it.
 """
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,8 @@ def pytest_configure() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # silences the warning of tokenizers in a forked process
     # the tensors of the tests are small: on two busy cores, two threads cost four times the processor time of one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # a shell starts background jobs with CTRL-C ignored, and everything they start inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:

@@ -28,8 +28,9 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ROOMS = """
     llm_cht errors
     files config dist
-    topology topology.keys topology.bits topology.score topology.link topology.select topology.initial topology.budget
-    topology.percolate topology.schedule topology.method topology.measure
+    topology topology.keys topology.bits topology.score topology.link topology.select topology.scale_free
+    topology.correlated topology.initial topology.weights topology.budget topology.percolate topology.schedule
+    topology.settings topology.presets topology.method topology.update topology.measure
     sparse sparse.linear sparse.packed
     sparse.families sparse.surgery sparse.folder models data
     evolve train report sweep cli

@@ -1,12 +1,15 @@
-"""The figures of a topology update for the metrics, from counts of links; the same on every rank."""
+"""The figures of a topology update for the metrics: counts of links, the same on every rank, and seconds."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from llm_cht import dist
 from llm_cht.topology.measure import elm_overlap, itop
 
 COUNTS = ("pruned", "removed", "percolated", "regrown", "returned", "grown", "links", "explored", "bytes")
@@ -42,3 +45,31 @@ def figures(positions: Mapping[str, int], counts: Tensor, neurons: tuple[int, in
             for name in positions
         },
     }
+
+
+class Clock:
+    """Seconds of the phases of an update."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """End a phase."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self._seconds[phase] = now - self._last
+        self._last = now
+
+    def figures(self, gathered: int, exchanged: int, predicted: float) -> dict[str, Any]:
+        """Seconds of the whole and of each phase (of every rank, where there are many), bytes, balance."""
+        figures: dict[str, Any] = {"seconds_update": sum(self._seconds.values())}
+        if dist.world_size() == 1:
+            return figures | {f"seconds_{phase}": seconds for phase, seconds in self._seconds.items()}
+        everybody = dist.gather([[round(s, 6) for s in self._seconds.values()], gathered])
+        for i, phase in enumerate(self._seconds):
+            figures[f"seconds_{phase}"] = [seconds[i] for seconds, _ in everybody]
+        compute = figures["seconds_compute"]
+        sent = {"bytes_gathered": sum(count for _, count in everybody), "bytes_exchanged": exchanged}
+        return figures | sent | {"balance": sum(compute) / len(compute) / max(compute), "balance_predicted": predicted}

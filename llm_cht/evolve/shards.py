@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 
 from llm_cht.errors import UserError
 
-MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
+MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "age"})
+"""state with one number per weight; 0 on new links"""
 _COUNTERS = frozenset({"step"})
 
 Read = Callable[[int, int], Tensor]

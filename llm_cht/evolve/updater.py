@@ -4,18 +4,16 @@ Every group of layers has one owner among the ranks. An update has three phases.
 get the fp32 weights of their layers (as values of existing links: all ranks know the masks) and the dense gradients
 where the method looks at them. *Compute*: each owner evolves its groups, one after the other. *Exchange*: the positions
 that changed go to all ranks, a byte each, with the first weights of new links, and every rank writes them to its mask,
-its working copy and its piece of master and moments. History and the union of all links that ever existed stay with the
-owner. Random numbers are functions of (seed, update, layer, index), so the same inputs give the same masks on any
-number of ranks. After every update the ranks compare a fingerprint of each mask.
+its working copy and its piece of master and moments. History, averaged gradients and the union of all links that ever
+existed stay with the owner. Random numbers are functions of (seed, update, layer, index), so the same inputs give the
+same masks on any number of ranks. After every update the ranks compare a fingerprint of each mask.
 
 On one process everything is owned, nothing is sent, and the weights are read where they are.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,67 +21,27 @@ from torch import Tensor
 
 from llm_cht import dist
 from llm_cht.errors import UserError
-from llm_cht.evolve.figures import COUNTS, figures
+from llm_cht.evolve.across import links_of_layers
+from llm_cht.evolve.exchange import Change, Sizes, exchange
+from llm_cht.evolve.figures import COUNTS, Clock, figures
 from llm_cht.evolve.ownership import balance, group_cost, owners
 from llm_cht.evolve.shards import Shards, check_optimizer
-from llm_cht.evolve.transfer import gather_weights
+from llm_cht.evolve.transfer import Weights, gather_weights
 from llm_cht.sparse.surgery import SparseModel
 from llm_cht.topology import bits
-from llm_cht.topology.budget import num_links
-from llm_cht.topology.initial import unlinked
 from llm_cht.topology.keys import Keys
-from llm_cht.topology.method import Inputs, LayerChange, Method, Moment, active_neurons, update_group
+from llm_cht.topology.link import cost
+from llm_cht.topology.method import Method, Target
 from llm_cht.topology.percolate import Group
-
-
-def draw_start(sparse: SparseModel, method: Method, seed: int) -> dict[str, int]:
-    """Draw the first topology of a fresh model; weights of missing links become 0.
-
-    The weights must be whole here: before ZeRO cuts them. Every rank draws the same.
-
-    Returns:
-        The number of neurons that start without a link: ``outputs`` and ``inputs``.
-
-    Raises:
-        UserError: the sparsity leaves a layer without a link; nothing is changed then.
-    """
-    _check_links(sparse, method)
-    lonely = {"outputs": 0, "inputs": 0}
-    for name, layer in sparse.layers.items():
-        # Drawn on the CPU: the first topology then is the same on every device.
-        shape = (layer.out_features, layer.in_features)
-        mask = method.start(shape, Keys(seed, 0, name))
-        layer.set_mask(mask.to(layer.mask.device))
-        outputs, inputs = unlinked(mask)
-        lonely["outputs"] += outputs
-        lonely["inputs"] += inputs
-    return lonely
-
-
-def _check_links(sparse: SparseModel, method: Method) -> None:
-    """Refuse a sparsity that leaves a layer without a link."""
-    for name, layer in sparse.layers.items():
-        shape = (layer.out_features, layer.in_features)
-        if num_links(shape, min(method.density(0), method.density.final)) < 1:
-            raise UserError(
-                f"`method.sparsity` = {method.settings.sparsity} leaves no link in `{name}` {shape}; lower it"
-            )
-
-
-@dataclass(frozen=True)
-class _Change:
-    """A layer's part of the exchange: where its mask flips, and the first weights of the new links, in flat order."""
-
-    code: Tensor
-    """the flips, uint8, by ``bits.encode``"""
-    weights: Tensor | None
+from llm_cht.topology.update import Inputs, LayerChange, Moment, active_neurons, pruning_candidates, update_group
+from llm_cht.topology.weights import Scale, draw
 
 
 class TopologyUpdater:
     """Evolves the sparse layers of a model whose first topology is drawn (``draw_start``) or loaded.
 
-    Call ``watch(step)`` before the optimizer step ``step`` and ``update(step)`` after it wherever ``due(step)``; on
-    many ranks all of them do. ``shards`` says what this rank holds of weights and moments.
+    Call ``watch(step)`` before the optimizer step ``step``, ``learned(step)`` after it, then ``update(step)`` wherever
+    ``due(step)``; on many ranks all of them do. ``shards`` says what this rank holds of weights and moments.
     """
 
     def __init__(self, sparse: SparseModel, method: Method, shards: Shards, seed: int) -> None:
@@ -93,8 +51,10 @@ class TopologyUpdater:
         self.seed = seed
         self.last_update: int | None = None
         """optimizer step of the last update"""
-        shapes = {name: (layer.out_features, layer.in_features) for name, layer in sparse.layers.items()}
-        costs = [group_cost([shapes[name] for name in g.layers], method.settings.regrowth) for g in sparse.groups]
+        self.stopped: set[str] = set()
+        """layers that evolve no longer (early stop)"""
+        self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in sparse.layers.items()}
+        costs = [group_cost([self.shapes[name] for name in g.layers], method.settings.regrowth) for g in sparse.groups]
         by_group = owners(costs, dist.world_size())
         self.owner = {name: by_group[i] for i, group in enumerate(sparse.groups) for name in group.layers}
         """the rank that computes each layer"""
@@ -103,14 +63,16 @@ class TopologyUpdater:
         self.owned: tuple[Group, ...] = tuple(
             g for g, owner in zip(sparse.groups, by_group, strict=True) if owner == dist.rank()
         )
-        mine = [name for name in sparse.layers if self.owner[name] == dist.rank()]
-        self.union = {name: sparse.layers[name].mask.clone() for name in mine}
+        mine = {name: layer.mask for name, layer in sparse.layers.items() if self.owner[name] == dist.rank()}
+        self.union = {name: mask.clone() for name, mask in mine.items()}
         """links that have existed at any time, of the owned layers"""
-        self.history: dict[str, Tensor] = {}
+        self.history = _numbers(mine) if method.settings.new_weight == "history" else {}
         """last weight of links that existed, fp32 (out, in), of the owned layers; empty unless the method uses it"""
-        if method.settings.new_weight == "history":
-            masks = {name: sparse.layers[name].mask for name in mine}
-            self.history = {name: torch.zeros_like(mask, dtype=torch.float32) for name, mask in masks.items()}
+        self.momenta = _numbers(mine) if method.needs_momentum(1) else {}
+        """average of the dense gradient over steps, fp32 (out, in), of the owned layers; empty unless it is used"""
+        self.own_std: dict[str, float] = {}
+        """of each layer's weights before the start (``Start.own_std``), for new links that are drawn as then"""
+        self._gradients: dict[str, Tensor] = {}  # of this step, where ``learned`` has gathered them
         self._has_bias = frozenset(name for name, layer in sparse.layers.items() if layer.bias is not None)
 
     @property
@@ -123,38 +85,55 @@ class TopologyUpdater:
         return self.method.due(step)
 
     def watch(self, step: int) -> None:
-        """Capture the dense gradients of optimizer step ``step`` if the update after it will look at them.
+        """Capture the dense gradients of optimizer step ``step`` if an update will look at them.
 
-        Costs an fp32 number per position of the sparse layers, on every rank, for this one step.
+        Costs an fp32 number per position of the sparse layers on every rank: for this one step, or, where the method
+        averages gradients over steps (SNFS), at every step up to the last update.
         """
-        if self.method.needs_gradient and self.due(step):
+        if self.method.needs_gradient(step) or self.method.needs_momentum(step):
+            for name, layer in self.sparse.layers.items():
+                if name not in self.stopped:
+                    layer.captured = torch.zeros_like(layer.mask, dtype=torch.float32)
+
+    @torch.no_grad()
+    def learned(self, step: int, sound: bool = True) -> None:
+        """Take in the gradients of optimizer step ``step``, or drop them if they are not finite; a collective."""
+        if not sound:
             for layer in self.sparse.layers.values():
-                layer.captured = torch.zeros_like(layer.mask, dtype=torch.float32)
+                layer.captured = None
+        elif self.method.needs_momentum(step):
+            gradients = self._gather_gradients()
+            for name, gradient in gradients.items():
+                self.momenta[name].lerp_(gradient, 1 - self.method.settings.momentum_beta)
+            self._gradients = gradients if self.method.needs_gradient(step) else {}
 
     @torch.no_grad()
     def update(self, step: int) -> dict[str, Any]:
         """One topology update after optimizer step ``step``; returns its figures for the metrics. A collective.
 
         Raises:
-            UserError: weights that are not finite, which have no order; ranks whose masks differ after the update.
+            UserError: weights that are not finite, which have no order; gradients that were not watched; ranks whose
+                masks differ after the update.
         """
-        clock = _Clock()
+        clock = Clock()
         check_optimizer(self.shards.optimizer)
         moment = Moment(step, self.method.updates.index(step), self.seed)
         weights = gather_weights(self.sparse.layers, self.owner, self.shards)
-        gradients = self._gather_gradients()
+        gradients = self._gradients or self._gather_gradients()
+        self._gradients = {}
         clock.lap("gather")
+        targets = self._targets(step, weights)
         changes: dict[str, LayerChange] = {}
         with dist.together():
             for group in self.owned:
-                dense = {name: weights.dense(name) for name in group.layers}
-                _check_finite(dense, step)
-                inputs = Inputs(dense, {name: self.sparse.layers[name].mask for name in group.layers}, gradients)
-                changes |= update_group(self.method, group, inputs, self._has_bias, moment)
+                inputs = self._inputs(group, weights, targets, gradients)
+                _check_finite(inputs.weights, step)
+                self._check_watched(inputs, step)
+                changes |= update_group(self.method, group, inputs, moment)
                 for name in group.layers:
-                    self._remember(name, dense[name], changes[name].mask)
+                    self._remember(name, inputs.weights[name], changes[name].mask)
         clock.lap("compute")
-        own = {name: self._change(name, change.mask) for name, change in changes.items()}
+        own = {name: self._change(name, change.mask, moment) for name, change in changes.items()}
         counts = self._count(changes, own)
         sent = 0
         for name, change in self._exchange(own, counts):
@@ -163,9 +142,12 @@ class TopologyUpdater:
         self._agree(step)
         clock.lap("exchange")
         self.last_update = step
+        self._stop_settled(counts)
         positions = {name: layer.mask.numel() for name, layer in self.sparse.layers.items()}
         when = {"update": moment.update, "zeta": self.method.zeta(step), "temperature": self.method.temperature(step)}
         told = when | figures(positions, counts, self.active())
+        if self.method.settings.early_stop > 0:
+            told["stopped"] = len(self.stopped)
         return told | clock.figures(weights.bytes_received, sent, self.balance)
 
     def _gather_gradients(self) -> dict[str, Tensor]:
@@ -180,19 +162,73 @@ class TopologyUpdater:
             layer.captured = None
         return gradients
 
+    def _targets(self, step: int, weights: Weights) -> dict[str, Target]:
+        """Links of every layer after the update; a collective where layers are compared with each other."""
+        targets = self.method.targets(self.shapes, step)
+        if self.method.settings.pruning_scope == "layer":
+            return targets
+        scores: dict[str, Tensor] = {}
+        with dist.together():
+            for group in self.owned:
+                inputs = self._inputs(group, weights, targets, {})
+                _check_finite(inputs.weights, step)
+                scores |= {name: pruning_candidates(self.method, name, inputs)[1] for name in group.layers}
+        total = sum(target.links for target in targets.values())
+        return {name: Target(links) for name, links in links_of_layers(scores, list(targets), total).items()}
+
+    def _inputs(
+        self, group: Group, weights: Weights, targets: Mapping[str, Target], gradients: Mapping[str, Tensor]
+    ) -> Inputs:
+        return Inputs(
+            weights={name: weights.dense(name) for name in group.layers},
+            masks={name: self.sparse.layers[name].mask for name in group.layers},
+            targets=targets,
+            gradients=gradients,
+            momenta=self.momenta,
+            memory=self.history,
+            has_bias=self._has_bias,
+            stopped=frozenset(self.stopped),
+        )
+
+    def _check_watched(self, inputs: Inputs, step: int) -> None:
+        if self.method.needs_gradient(step):
+            missing = inputs.masks.keys() - inputs.gradients.keys() - self.stopped
+            if missing:
+                raise UserError(
+                    f"the topology update of step {step} needs the dense gradients of that step, and those of "
+                    f"`{min(missing)}` were not kept; call `watch({step})` before its backward pass"
+                )
+
+    def _stop_settled(self, counts: Tensor) -> None:
+        """Early stop: layers most of whose regrown links had just been removed (000, section 3.2)."""
+        threshold = self.method.settings.early_stop
+        if threshold > 0:
+            regrown, returned = (counts[:, COUNTS.index(kind)].tolist() for kind in ("regrown", "returned"))
+            for name, new, back in zip(self.sparse.layers, regrown, returned, strict=True):
+                if new > 0 and back >= threshold * new:
+                    self.stopped.add(name)
+
     def _remember(self, name: str, weight: Tensor, new_mask: Tensor) -> None:
         history = self.history.get(name)
         if history is not None:
             torch.where(self.sparse.layers[name].mask, weight, history, out=history)
         self.union[name] |= new_mask
 
-    def _change(self, name: str, new_mask: Tensor) -> _Change:
+    def _change(self, name: str, new_mask: Tensor, moment: Moment) -> Change:
         flipped = (new_mask ^ self.sparse.layers[name].mask).view(-1)
-        history = self.history.get(name)
-        first = None if history is None else history.view(-1)[flipped & new_mask.view(-1)]
-        return _Change(bits.encode(flipped), first)
+        rule = self.method.settings.new_weight
+        if rule == "zero":
+            return Change(bits.encode(flipped), None)
+        grown = flipped & new_mask.view(-1)
+        if rule == "history":
+            return Change(bits.encode(flipped), self.history[name].view(-1)[grown])
+        settings, (_, num_inputs) = self.method.settings, self.shapes[name]
+        density = int(new_mask.count_nonzero()) / new_mask.numel()
+        scale = Scale(num_inputs, density, settings.initial_gain, self.own_std[name])
+        keys = Keys(moment.seed, moment.update, name)
+        return Change(bits.encode(flipped), draw(settings.initial_weight, grown.nonzero().squeeze(1), scale, keys))
 
-    def _count(self, changes: Mapping[str, LayerChange], own: Mapping[str, _Change]) -> Tensor:
+    def _count(self, changes: Mapping[str, LayerChange], own: Mapping[str, Change]) -> Tensor:
         """Counts of links, int64 (layers, ``COUNTS``), in the order of the model, and the same on all ranks."""
         counts = torch.zeros(len(self.sparse.layers), len(COUNTS), dtype=torch.int64)
         for row, name in enumerate(self.sparse.layers):
@@ -204,28 +240,17 @@ class TopologyUpdater:
                 counts[row] = torch.tensor([*kinds, grown, links, explored, len(own[name].code)])
         return dist.total_counts(counts)
 
-    def _exchange(self, own: Mapping[str, _Change], counts: Tensor) -> Iterator[tuple[str, _Change]]:
+    def _exchange(self, own: Mapping[str, Change], counts: Tensor) -> Iterator[tuple[str, Change]]:
         """The changes of all layers, from their owners."""
-        if dist.world_size() == 1:
-            yield from own.items()
-            return
-        layers = self.sparse.layers
-        grown, sizes = (dict(zip(layers, counts[:, COUNTS.index(k)].tolist(), strict=True)) for k in ("grown", "bytes"))
-        by_rank = [[n for n in layers if self.owner[n] == r] for r in range(dist.world_size())]
-        device = next(iter(layers.values())).mask.device
-        mine = [own[n].code for n in by_rank[dist.rank()]]
-        codes = dist.spread(_joined(mine, torch.uint8, device), [sum(sizes[n] for n in names) for names in by_rank])
-        first = [w for n in by_rank[dist.rank()] if (w := own[n].weights) is not None]
-        remembered = self.method.settings.new_weight == "history"
-        lengths = [sum(grown[n] for n in names) * remembered for names in by_rank]
-        weights = dist.spread(_joined(first, torch.float32, device), lengths)
-        for names, joined, values in zip(by_rank, codes, weights, strict=True):
-            parts = joined.split([sizes[n] for n in names])
-            starts = values.split([grown[n] if remembered else 0 for n in names])
-            for name, code, start in zip(names, parts, starts, strict=True):
-                yield name, _Change(code, start if remembered else None)
+        grown, sizes = (counts[:, COUNTS.index(kind)].tolist() for kind in ("grown", "bytes"))
+        known = {
+            name: Sizes(self.owner[name], size, count)
+            for name, size, count in zip(self.sparse.layers, sizes, grown, strict=True)
+        }
+        device = next(iter(self.sparse.layers.values())).mask.device
+        return exchange(own, known, self.method.settings.new_weight != "zero", device)
 
-    def _apply(self, name: str, change: _Change) -> None:
+    def _apply(self, name: str, change: Change) -> None:
         """Give a layer its new mask: survivors keep weight and moments, all others start or end at 0 (or history)."""
         layer = self.sparse.layers[name]
         flipped = bits.decode(change.code, layer.mask.numel())
@@ -250,6 +275,19 @@ class TopologyUpdater:
                     "other ranks'. The masks no longer agree: memory or network of a node is faulty; resume from the "
                     "last checkpoint without it"
                 )
+
+    def flops(self, step: int) -> float:
+        """FLOPs of the link predictors at the update of ``step``."""
+        if not self.method.evolves(step):
+            return 0.0
+        rule = self.method.regrowth(step)
+        return sum(cost(rule, shape) for name, shape in self.shapes.items() if name not in self.stopped)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the masks on every rank, and of what the owners remember, over all ranks; a collective."""
+        kept = [*self.union.values(), *self.history.values(), *self.momenta.values()]
+        state = dist.total([sum(tensor.nbytes for tensor in kept)])[0]
+        return {"mask_bytes": sum(mask.nbytes for mask in self.masks.values()), "topology_bytes": int(state)}
 
     def density(self) -> float:
         """Existing links over all positions of the sparse layers, now."""
@@ -284,7 +322,14 @@ class TopologyUpdater:
                 tensors[f"union.{name}"] = bits.pack(self.union[name])
             if name in self.history:
                 tensors[f"history.{name}"] = self.history[name][self.union[name] & ~layer.mask]
-        return tensors, {"last_update": self.last_update, "digest": self.digest()}
+            if name in self.momenta:
+                tensors[f"momentum.{name}"] = self.momenta[name]
+        return tensors, {
+            "last_update": self.last_update,
+            "digest": self.digest(),
+            "stopped": sorted(self.stopped),
+            "own_std": self.own_std,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -310,39 +355,15 @@ class TopologyUpdater:
         for name, history in self.history.items():
             remembered = self.union[name] & ~layers[name].mask
             history.zero_()[remembered] = tensors[f"history.{name}"].to(history.device)
+        for name, average in self.momenta.items():
+            average.copy_(tensors[f"momentum.{name}"])
         self.last_update = values["last_update"]
+        self.stopped = set(values["stopped"])
+        self.own_std = dict(values["own_std"])
 
 
-class _Clock:
-    """Seconds of the phases of an update."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        """End a phase."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self._seconds[phase] = now - self._last
-        self._last = now
-
-    def figures(self, gathered: int, exchanged: int, predicted: float) -> dict[str, Any]:
-        """Seconds of the whole and of each phase (of every rank, where there are many), bytes, balance."""
-        figures: dict[str, Any] = {"seconds_update": sum(self._seconds.values())}
-        if dist.world_size() == 1:
-            return figures | {f"seconds_{phase}": seconds for phase, seconds in self._seconds.items()}
-        everybody = dist.gather([[round(s, 6) for s in self._seconds.values()], gathered])
-        for i, phase in enumerate(self._seconds):
-            figures[f"seconds_{phase}"] = [seconds[i] for seconds, _ in everybody]
-        compute = figures["seconds_compute"]
-        sent = {"bytes_gathered": sum(count for _, count in everybody), "bytes_exchanged": exchanged}
-        return figures | sent | {"balance": sum(compute) / len(compute) / max(compute), "balance_predicted": predicted}
-
-
-def _joined(parts: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=device)
+def _numbers(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(mask, dtype=torch.float32) for name, mask in masks.items()}
 
 
 def _check_finite(weights: Mapping[str, Tensor], step: int) -> None:

@@ -12,6 +12,7 @@ than whole tensors.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,6 +52,10 @@ class Keys:
             target.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
         return result
 
+    def below(self, purpose: str, index: Tensor, bound: int) -> Tensor:
+        """Return whole numbers in [0, ``bound``), int64, one per ``index``; uniform up to ``bound`` / 2**32."""
+        return self.bits(purpose, index).mul_(bound).bitwise_right_shift_(32)
+
     def gumbel(self, purpose: str, index: Tensor) -> Tensor:
         """Return fp32 standard Gumbel noise, always finite, one per ``index``.
 
@@ -60,6 +65,17 @@ class Keys:
         result = self.uniform(purpose, index)
         for noise in result.view(-1).split(_CHUNK):
             noise.neg_().log1p_().neg_().log_().neg_()
+        return result
+
+    def normal(self, purpose: str, index: Tensor) -> Tensor:
+        """Return fp32 standard normal numbers, at most 6.8 from 0, one per ``index``.
+
+        Box and Muller: sqrt(-2 log V) cos(2 pi W). Small V, where they are finest, give the tails. The same on every
+        device but for the rounding of log and cos.
+        """
+        result, angle = self.uniform(purpose, index), self.uniform(f"{purpose}/angle", index)
+        for noise, turn in _chunks(angle, result):
+            turn.log_().mul_(-2).sqrt_().mul_(noise.mul_(2 * math.pi).cos_())
         return result
 
     def _round_keys(self, purpose: str) -> tuple[int, ...]:

@@ -80,6 +80,9 @@ def _common_to_weight_(common_BU: Tensor, degree_U: Tensor) -> None:
 
 PREDICTORS: dict[str, Predictor] = {"random": random, "gradient": gradient, "ch2_l3n": ch2_l3n}
 NEEDS_GRADIENT = frozenset({"gradient"})
+NEEDS_MOMENTUM = frozenset({"momentum"})
+PATHS = frozenset({"cn_l3", "ch2_l3n", "ch3_l3n", "ch2_l3p", "ch3_l3p"})
+"""rules on paths of length three, whose ties sub-ranking can break"""
 
 
 def cost(predictor: str, shape: tuple[int, int]) -> float:

@@ -104,7 +104,39 @@ class QueryKey:
         return neurons[:, None, :].expand(-1, self._rows_per_neuron, -1).reshape(-1, 1)
 
 
-Unit = Mlp | ValueOutput | QueryKey
+@dataclass(frozen=True)
+class Heads:
+    """Whole heads, besides their single neurons: one whose values reach no output needs no queries and no keys.
+
+    A key head goes when all query heads of its group are dead. Adds no neurons to those that are counted.
+    """
+
+    attention: QueryKey
+    values: ValueOutput
+
+    def dead(self, masks: Masks, has_bias: frozenset[str]) -> Tensor:
+        """Which query rows belong to dead heads, bool (num_heads, head_dim)."""
+        num_heads, num_kv_heads = self.values.num_heads, self.values.num_kv_heads
+        rows_KD = _empty_rows(masks, self.values.value, has_bias).view(num_kv_heads, -1)
+        columns_HD = _empty_columns(masks[self.values.out]).view(num_heads, -1)
+        dead_H = (rows_KD.repeat_interleave(num_heads // num_kv_heads, dim=0) | columns_HD).all(1)
+        return dead_H[:, None].expand(-1, len(masks[self.attention.query]) // num_heads)
+
+    def links(self, dead: Tensor) -> dict[str, Tensor]:
+        """The positions of dead heads in each layer, bool, broadcastable to its mask."""
+        num_kv_heads = self.values.num_kv_heads
+        dead_KD = dead.reshape(num_kv_heads, -1, dead.shape[1]).all(1)
+        return {self.attention.query: dead.flatten()[:, None], self.attention.key: dead_KD.flatten()[:, None]}
+
+
+Unit = Mlp | ValueOutput | QueryKey | Heads
+
+
+def with_dead_heads(units: tuple[Unit, ...]) -> tuple[Unit, ...]:
+    """The units of an attention and its whole heads, where both kinds of them are there."""
+    attention = next((unit for unit in units if isinstance(unit, QueryKey)), None)
+    values = next((unit for unit in units if isinstance(unit, ValueOutput)), None)
+    return units if attention is None or values is None else (*units, Heads(attention, values))
 
 
 @dataclass(frozen=True)
@@ -135,7 +167,7 @@ def percolate(group: Group, masks: Masks, has_bias: frozenset[str]) -> tuple[dic
         for unit in group.units:
             for name, positions in unit.links(unit.dead(new, has_bias)).items():
                 new[name] = new[name] & ~positions
-    dead = [unit.dead(new, has_bias) for unit in group.units]
+    dead = [unit.dead(new, has_bias) for unit in group.units if not isinstance(unit, Heads)]
     return new, sum(int((~neurons).count_nonzero()) for neurons in dead), sum(neurons.numel() for neurons in dead)
 
 

@@ -2,11 +2,12 @@
 
 Frozen dataclasses, optimizer step in, value out: there is no state to checkpoint and none to differ between ranks.
 Steps count from 1; an update at step t follows the t-th optimizer step, and step 0 is the start of the run. A new shape
-of the density is a row of ``SHAPES``.
+of the density is a row of ``SHAPES``; one that is no curve is a class with the same five names.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class Updates:
     def count(self) -> int:
         """How many updates there are."""
         return self.index(self.end_step)
+
+    @property
+    def last_due(self) -> int:
+        """Step of the last update; 0: there is none."""
+        return self.interval * self.count
 
 
 @dataclass(frozen=True)
@@ -99,13 +105,18 @@ def _sigmoid(done: float) -> float:
     return 0.5 + 0.5 * math.tanh(CURVATURE * (done - 0.5)) / math.tanh(CURVATURE / 2)
 
 
-SHAPES: dict[str, Callable[[float], float]] = {"constant": lambda _: 1.0, "sigmoid": _sigmoid}
+SHAPES: dict[str, Callable[[float], float]] = {
+    "constant": lambda _: 1.0,
+    "linear": lambda done: done,
+    "cubic": lambda done: 1 - (1 - done) ** 3,  # GMP, GraNet; 002 eq. 9
+    "sigmoid": _sigmoid,
+}
 """fraction of the window done -> fraction of the way from the start density to the final one"""
 
 
 @dataclass(frozen=True)
 class Density:
-    """Density of every sparse layer, from ``start`` to exactly ``final`` over a window of steps.
+    """Density over all sparse layers, from ``start`` to exactly ``final`` over a window of steps.
 
     Independent of ``Updates``: a window past their end goes on pruning. Make the window with ``density_window``.
     """
@@ -137,9 +148,118 @@ class Density:
                 "`method.half_window: false`"
             )
 
+    @property
+    def last_step(self) -> int:
+        """Step of the last change; 0: there is none."""
+        return 0 if self.kind == "constant" else self.end_step
+
     def __call__(self, step: int) -> float:
         """Density in force after the update at ``step``; 0 gives that of the start."""
         return _mix(self.start, self.final, SHAPES[self.kind](_done(step, self.start_step, self.end_step)))
+
+    def kept_by_removal(self, step: int) -> float | None:
+        """None: zeta says how much removal takes."""
+        return None
+
+
+@dataclass(frozen=True)
+class Stages:
+    """MEST's Elastic Mutation and Shrink: removal goes down to ``final``, regrowth up to a surplus above it.
+
+    The surplus is 0.05 until 0.6 of the window, 0.025 until one interval before its end, then 0 (constants of the
+    authors' code; 002 names the two stages only). Density then shrinks by removal alone, and zeta has no say.
+    """
+
+    final: float
+    start_step: int
+    end_step: int
+    interval: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.final <= 1 - _SURPLUS:
+            raise UserError(
+                f"`method.sparsity` = {1 - self.final:g}: `method.density: em_s` starts at {_SURPLUS} more links, so "
+                f"it must lie in [{_SURPLUS}, 1)"
+            )
+        if self.end_step <= self.start_step:
+            raise UserError(
+                f"`method.density` = em_s: no topology update falls into its window (step {self.start_step} to "
+                f"{self.end_step}); lower `method.update_interval` or raise `method.density_end_step`"
+            )
+
+    @property
+    def start(self) -> float:
+        """Density of the first topology."""
+        return self(0)
+
+    @property
+    def last_step(self) -> int:
+        """As ``Density.last_step``."""
+        return self.end_step
+
+    def __call__(self, step: int) -> float:
+        """As ``Density``."""
+        if step >= self.end_step - self.interval:
+            return self.final
+        return self.final + (_SURPLUS if _done(step, self.start_step, self.end_step) < 0.6 else _SURPLUS / 2)
+
+    def kept_by_removal(self, step: int) -> float | None:
+        """Density that removal leaves at the update of ``step``."""
+        return self.final
+
+
+_SURPLUS = 0.05
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Density by a table: each value holds from its step on."""
+
+    steps: tuple[tuple[int, float], ...]
+    """(step, density), steps ascending from 0, densities falling"""
+    interval: int
+
+    def __post_init__(self) -> None:
+        key = "`method.density_table`"
+        if not self.steps or self.steps[0][0] != 0:
+            raise UserError(f"{key}: has no sparsity for step 0; add `0: SPARSITY`, that of the first topology")
+        for step, density in self.steps:
+            if not 0 < density <= 1:
+                raise UserError(f"{key}: sparsity {1 - density:g} at step {step} must be a fraction in [0, 1)")
+            if step % self.interval:
+                raise UserError(
+                    f"{key}: step {step} is no multiple of `method.update_interval` = {self.interval}; no topology "
+                    "update falls on it"
+                )
+        for (_, before), (step, after) in itertools.pairwise(self.steps):
+            if after > before:
+                raise UserError(f"{key}: sparsity falls to {1 - after:g} at step {step}, but density only decays")
+
+    @property
+    def start(self) -> float:
+        """Density of the first topology."""
+        return self.steps[0][1]
+
+    @property
+    def final(self) -> float:
+        """Density at the end."""
+        return self.steps[-1][1]
+
+    @property
+    def last_step(self) -> int:
+        """As ``Density.last_step``."""
+        return self.steps[-1][0]
+
+    def __call__(self, step: int) -> float:
+        """As ``Density``."""
+        return next(density for start, density in reversed(self.steps) if start <= step)
+
+    def kept_by_removal(self, step: int) -> float | None:
+        """As ``Density.kept_by_removal``."""
+        return None
+
+
+AnyDensity = Density | Stages | StepTable
 
 
 def density_window(start_step: int, end_step: int, interval: int, half: bool) -> tuple[int, int]:

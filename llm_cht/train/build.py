@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ from torch.optim import Optimizer
 from llm_cht import dist
 from llm_cht.data.text import TextData, check_vocabulary, load_text
 from llm_cht.errors import UserError
-from llm_cht.evolve.updater import TopologyUpdater, draw_start
+from llm_cht.evolve.start import check_start, draw_start
+from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.models import build_model
 from llm_cht.sparse.surgery import SparseModel, sparsify
 from llm_cht.topology.method import resolve
 from llm_cht.train.config import RunSettings
 from llm_cht.train.engine import Engine
 from llm_cht.train.environment import versions
-from llm_cht.train.metrics import training_flops_per_token
+from llm_cht.train.flops import Flops, training_flops_per_token
 from llm_cht.train.optim import build_optimizer
 from llm_cht.train.state import Parts, Progress
 
@@ -44,7 +46,7 @@ class Built:
     updater: TopologyUpdater | None
     """None for the preset `dense`, which trains the unmodified model"""
     parts: Parts
-    flops_per_token: int
+    flops: Flops
     start_record: dict[str, Any]
     """what stands in the metrics before the first step"""
 
@@ -56,24 +58,31 @@ def build(settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str
         UserError: from any part, before anything is written to the run folder.
     """
     train = settings.train
+    method = resolve(settings.method, train.steps)
+    start = None
     with dist.together(patient=True):
-        model, sparse, lonely = _build_model(settings, engine, fresh, say)
-        data = load_text(settings.data, settings.seed)  # last: it can take hours, the mistakes above show at once
+        model, sparse = _build_model(settings, engine, say)
+        if sparse is not None:
+            check_start(sparse, method)
+        data = load_text(settings.data, settings.seed)  # late: it can take hours, the mistakes above show at once
         check_vocabulary(data.tokenizer, model.config.vocab_size)
+        if sparse is not None and fresh:
+            start = draw_start(sparse, method, settings.seed, partial(_calibrate, settings, engine, data))
     optimizer = build_optimizer(model, settings.optimizer)
-    flops = training_flops_per_token(model, settings.data.sequence_length)
-    record = _start_record(model, sparse, lonely, engine)
+    positions = sum(layer.mask.numel() for layer in sparse.layers.values()) if sparse else 0
+    flops = Flops(training_flops_per_token(model, settings.data.sequence_length), positions)
+    record = _start_record(model, sparse, start.unlinked if start else {"outputs": 0, "inputs": 0}, engine)
     forward, shards = engine.prepare(torch.compile(model) if train.compile else model, model, optimizer)
     updater = None
     if sparse is not None:
-        updater = TopologyUpdater(sparse, resolve(settings.method, train.steps), shards, settings.seed)
+        updater = TopologyUpdater(sparse, method, shards, settings.seed)
+        if start is not None:
+            updater.own_std = start.own_std
     parts = Parts(model, shards, updater, data.train, Progress())
     return Built(settings, engine, data, model, forward, optimizer, updater, parts, flops, record)
 
 
-def _build_model(
-    settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str], None]
-) -> tuple[Any, SparseModel | None, dict[str, int]]:
+def _build_model(settings: RunSettings, engine: Engine, say: Callable[[str], None]) -> tuple[Any, SparseModel | None]:
     model: Any = build_model(settings.model, settings.seed)
     _check_length(settings.data.sequence_length, model.config)
     model.to(dtype=engine.model_dtype)
@@ -83,12 +92,23 @@ def _build_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     if settings.method.preset == "dense":
-        return model, None, {"outputs": 0, "inputs": 0}
+        return model, None
     sparse = sparsify(model, settings.sparse)
     say(sparse.report())
-    method = resolve(settings.method, settings.train.steps)
-    lonely = draw_start(sparse, method, settings.seed) if fresh else {"outputs": 0, "inputs": 0}
-    return model, sparse, lonely
+    return model, sparse
+
+
+def _calibrate(settings: RunSettings, engine: Engine, data: TextData, model: Any) -> None:
+    """Run the first training sequences through the model; the training itself begins with them all the same."""
+    position = data.train.state_dict()
+    count = settings.method.calibration_sequences
+    samples = data.train.batch(0, count)["input_ids"]
+    data.train.load_state_dict(position)
+    device = next(model.parameters()).device
+    model.eval()
+    for rows in samples.split(engine.micro_batch_size):
+        model(rows.to(device), use_cache=False)
+    model.train()
 
 
 def _start_record(model: Any, sparse: SparseModel | None, lonely: dict[str, int], engine: Engine) -> dict[str, Any]:

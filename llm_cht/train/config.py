@@ -12,7 +12,8 @@ from llm_cht.errors import UserError
 from llm_cht.files import absolute
 from llm_cht.models import ModelSettings
 from llm_cht.sparse.surgery import SparseSettings
-from llm_cht.topology.method import MethodSettings, resolve
+from llm_cht.topology.method import resolve
+from llm_cht.topology.settings import MethodSettings
 from llm_cht.train import lr
 from llm_cht.train.engine import Precision
 from llm_cht.train.lr import LrSettings
@@ -157,6 +158,8 @@ def check(settings: RunSettings) -> None:
         )
     _check_length(settings)
     method = resolve(settings.method, train.steps)
+    if method.settings.initial == "checkpoint" and settings.model.path is None:
+        raise UserError("`method.initial: checkpoint` takes the links from trained weights; give `model.path`")
     lr.check(settings.lr, train.steps)
     interval, rewarm = method.updates.interval, settings.lr.rewarm_steps
     if method.updates.count and settings.lr.rewarm != "off" and rewarm > interval:
@@ -165,6 +168,10 @@ def check(settings: RunSettings) -> None:
             "not reach its peak between two updates; lower it, or set `lr.rewarm: off`"
         )
     settings.optimizer.check()
+    if settings.optimizer.link_age and train.precision == "pure_bf16":
+        raise UserError(
+            "`optimizer.link_age`: bf16 counts to 256 only (`train.precision: pure_bf16`); set bf16 or fp32"
+        )
     settings.metrics.check()
 
 

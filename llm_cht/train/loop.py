@@ -23,6 +23,7 @@ from tqdm import tqdm
 from llm_cht import config, dist
 from llm_cht.data.text import unigram_perplexity
 from llm_cht.errors import UserError
+from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.files import disk_errors, new_folder
 from llm_cht.sparse.folder import write_topology
 from llm_cht.train import lr
@@ -75,7 +76,7 @@ class Loop:
         self.progress = built.parts.progress
         self.store = CheckpointStore(run / "checkpoints", self.settings.checkpoint.keep_last)
         peak = peak_tflops(built.engine.device, self.settings.metrics)
-        self.meter = Meter(built.engine.device, built.flops_per_token, peak, dist.world_size())
+        self.meter = Meter(built.engine.device, built.flops.dense_per_token, peak, dist.world_size())
         self.density = 1.0
         self._saved: Path | None = None
         self._saved_step = -1
@@ -117,10 +118,8 @@ class Loop:
                 if updater:
                     updater.watch(progress.step + 1)
                 figures = self._step()
-                if updater and updater.due(progress.step):
-                    self.watchdog.enter(progress.step, "topology update")
-                    self._record("topology", updater.update(progress.step))
-                    self.density = updater.density()
+                if updater:
+                    self._evolve(updater, sound=math.isfinite(figures["loss"] + figures["grad_norm"]))
                 if self._is_written(progress.step):
                     self._write_train(figures, bar)
                 bar.update()
@@ -132,6 +131,19 @@ class Loop:
             self.say(f"{reason}: saved {path}\nresume with: {resume_command(self.run)}")
             return Outcome(self.run, reason, {}, resume_command(self.run))
         return Outcome(self.run, None, self._finish(), resume_command(self.run))
+
+    def _evolve(self, updater: TopologyUpdater, sound: bool) -> None:
+        """The topology update, where one follows this step; a skipped step (not ``sound``) has no gradient for it."""
+        step = self.progress.step
+        updater.learned(step, sound)
+        if not updater.due(step):
+            return
+        if not sound and updater.method.needs_gradient(step):
+            self.say(f"step {step}: no topology update, because the skipped step has no gradient to choose links by")
+            return
+        self.watchdog.enter(step, "topology update")
+        self._record("topology", updater.update(step))
+        self.density = updater.density()
 
     def _is_written(self, step: int) -> bool:
         """Whether a step has a record; the one after an update has, so that its re-warm-up shows."""
@@ -168,6 +180,7 @@ class Loop:
         progress.step = step
         progress.tokens += targets
         progress.density_sum += self.density
+        progress.flops += self._flops(step, targets)
         self.meter.add(targets)
         return {"loss": loss, "lr": settings.optimizer.lr * factor * rewarm, "rewarm": rewarm, "grad_norm": norm}
 
@@ -185,6 +198,16 @@ class Loop:
                 if error is not None:
                     raise error
         return batch, int(everybody)
+
+    def _flops(self, step: int, targets: int) -> float:
+        """Of the step, and of the topology update that follows it."""
+        updater, flops = self.built.updater, self.built.flops
+        if updater is None:
+            return flops.of_step(targets, 0, dense_gradient=False)
+        method, links = updater.method, round(self.density * flops.positions)
+        dense_gradient = method.needs_gradient(step) or method.needs_momentum(step)
+        update = updater.flops(step) if updater.due(step) else 0.0
+        return flops.of_step(targets, links, dense_gradient) + update
 
     def _lr_factors(self, step: int) -> tuple[float, float]:
         updater = self.built.updater
@@ -217,7 +240,7 @@ class Loop:
         progress = self.progress
         speed = self.meter.read()
         average = progress.density_sum / progress.step
-        record = figures | speed | {"density": self.density, "average_density": average}
+        record = figures | speed | {"density": self.density, "average_density": average, "flops": progress.flops}
         self._record("train", record)
         shown = {"loss": f"{figures['loss']:.3f}", "lr": f"{figures['lr']:.1e}"}
         shown["tok/s"] = f"{speed['tokens_per_second']:,.0f}"
@@ -299,6 +322,9 @@ class Loop:
             "density": self.density,
             "average_density": progress.density_sum / progress.step,
             "tokens": progress.tokens,
+            "flops": progress.flops,
+            "flops_relative": progress.flops / (built.flops.dense_per_token * progress.tokens),
+            **(built.updater.memory() if built.updater else {}),
             "skipped": progress.skipped,
             "seconds": self.log.seconds if self.log is not None else 0.0,
             "mask_digest": built.updater.digest() if built.updater else None,

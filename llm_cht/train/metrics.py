@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from llm_cht.errors import UserError
 from llm_cht.files import disk_errors, write_whole
@@ -263,21 +262,6 @@ def peak_tflops(device: torch.device, settings: MetricsSettings) -> float | None
     if device.type != "cuda":
         return None
     return _known_peak(torch.cuda.get_device_name(device))
-
-
-def training_flops_per_token(model: nn.Module, sequence_length: int) -> int:
-    """FLOPs of forward and backward per trained token, for MFU, by the convention of the PaLM paper (appendix B).
-
-    6 N + 12 * layers * hidden * sequence_length. N counts the parameters used in products: all but the input embedding,
-    which is looked up; an embedding tied to the output layer counts, as that layer. Sparse layers count in full,
-    because a mask saves the device no work; attention is not halved for causality, and recomputation is not counted.
-    """
-    config: Any = model.config
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if not config.tie_word_embeddings:
-        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-        parameters -= embedding.weight.numel()
-    return 6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * sequence_length
 
 
 def _known_peak(device_name: str) -> float | None:

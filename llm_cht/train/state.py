@@ -35,6 +35,8 @@ class Progress:
     """predicted tokens trained on"""
     density_sum: float = 0.0
     """density summed over the steps done; over ``step`` it is the average density"""
+    flops: float = 0.0
+    """of the steps and topology updates done (``train/flops.py``)"""
     skipped: int = 0
     """steps skipped for a loss that was not finite"""
     best_loss: float | None = None

@@ -15,14 +15,22 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llm_cht import dist
 from llm_cht.errors import UserError
-from llm_cht.evolve.updater import TopologyUpdater, draw_start
+from llm_cht.evolve.start import draw_start
+from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.sparse.surgery import SparseSettings, sparsify
 from llm_cht.topology.keys import Keys
-from llm_cht.topology.method import MethodSettings, resolve
+from llm_cht.topology.method import resolve
+from llm_cht.topology.settings import MethodSettings
 from llm_cht.train.engine import Engine, EngineSettings, start_engine
 from llm_cht.train.optim import OptimizerSettings, build_optimizer
 
 PRESETS = ("chts", "chtss", "set", "rigl")
+CASES = {name: {"preset": name} for name in (*PRESETS, "snfs", "mest", "gmp", "granet", "cht")}
+CASES |= {
+    "across layers": {"preset": "granet", "pruning_scope": "global"},
+    "new weights": {"preset": "chtss", "new_weight": "init"},
+    "per head": {"preset": "chts", "per_head": True},
+}
 UPDATES = 10
 BATCH, MICRO = 8, 2
 
@@ -31,7 +39,7 @@ def start(precision: str) -> Engine:
     return start_engine(EngineSettings("cpu", precision, BATCH, MICRO, 1.0, 120.0, False))
 
 
-def make(engine: Engine, preset: str, weight_decay: float = 0.1):
+def make(engine: Engine, case: str, weight_decay: float = 0.1):
     """The model as built, as called, its updater and optimizer."""
     torch.manual_seed(0)
     # sizes that no number of ranks divides evenly
@@ -39,11 +47,13 @@ def make(engine: Engine, preset: str, weight_decay: float = 0.1):
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     sparse = sparsify(model, SparseSettings())
-    method = resolve(MethodSettings(preset=preset, sparsity=0.9, update_interval=2), 40)
-    draw_start(sparse, method, 5)
+    method = resolve(MethodSettings(**CASES[case], sparsity=0.9, update_interval=2), 40)
+    begun = draw_start(sparse, method, 5)
     optimizer = build_optimizer(model, OptimizerSettings(name="adamw", lr=0.01, weight_decay=weight_decay))
     forward, shards = engine.prepare(model, model, optimizer)
-    return model, forward, TopologyUpdater(sparse, method, shards, 5), optimizer
+    updater = TopologyUpdater(sparse, method, shards, 5)
+    updater.own_std = begun.own_std
+    return model, forward, updater, optimizer
 
 
 def set_moments(model, updater: TopologyUpdater) -> None:
@@ -77,21 +87,22 @@ def set_gradients(updater: TopologyUpdater, update: int) -> None:
 
 
 def updates_alone(engine: Engine) -> dict:
-    """Digests of all masks after each of ten updates of every preset."""
+    """Digests of all masks after each of ten updates of every case."""
     told = {}
-    for preset in PRESETS:
-        model, _, updater, _ = make(engine, preset)
+    for case in CASES:
+        model, _, updater, _ = make(engine, case)
         digests = []
         for number in range(1, UPDATES + 1):
             set_weights(updater, number)
             set_moments(model, updater)
-            if updater.method.needs_gradient:
+            if updater.method.needs_gradient(2 * number) or updater.method.needs_momentum(2 * number):
                 set_gradients(updater, number)
+            updater.learned(2 * number)
             before = {name: mask.clone() for name, mask in updater.masks.items()}
             figures = updater.update(2 * number)
             check_update(updater, before)
             digests.append(updater.digest())
-        told[preset] = {"digests": digests, "figures": {k: v for k, v in figures.items() if isinstance(v, int | float)}}
+        told[case] = {"digests": digests, "figures": {k: v for k, v in figures.items() if isinstance(v, int | float)}}
     return told
 
 
@@ -149,6 +160,7 @@ def train(engine: Engine) -> dict:
             engine.step(forward, optimizer)
             losses.append(dist.total([loss])[0] / dist.world_size())
             check_zeros(updater)
+            updater.learned(step)
             if updater.due(step):
                 updater.update(step)
                 check_zeros(updater)

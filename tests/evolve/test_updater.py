@@ -8,10 +8,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llm_cht.errors import UserError
 from llm_cht.evolve.shards import Whole
-from llm_cht.evolve.updater import TopologyUpdater, draw_start
+from llm_cht.evolve.start import draw_start
+from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.sparse.surgery import SparseSettings, sparsify
 from llm_cht.topology.budget import num_links
-from llm_cht.topology.method import MethodSettings, resolve
+from llm_cht.topology.method import resolve
+from llm_cht.topology.settings import MethodSettings
 
 
 def make(preset="chts", seed=0, optimizer=torch.optim.AdamW, **overrides):
@@ -192,5 +194,5 @@ def test_a_density_that_leaves_no_link_names_the_layer():
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
     sparse = sparsify(model, SparseSettings())
     method = resolve(MethodSettings(sparsity=0.9999, update_interval=5), 100)
-    with pytest.raises(UserError, match=r"`method.sparsity` = 0.9999 leaves no link in `.*q_proj` \(8, 8\)"):
+    with pytest.raises(UserError, match=r"`method.sparsity`: a density of 0.0001 leaves no link in `.*q_proj`"):
         draw_start(sparse, method, 0)

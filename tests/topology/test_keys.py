@@ -36,7 +36,7 @@ def test_bits_never_change():
 
 def test_a_draw_depends_on_its_index_alone():
     order = torch.randperm(NUM, generator=torch.Generator().manual_seed(0))
-    for draw in (KEYS.bits, KEYS.uniform, KEYS.gumbel):
+    for draw in (KEYS.bits, KEYS.uniform, KEYS.gumbel, KEYS.normal):
         everything = draw("regrow", INDEX)
         assert torch.equal(draw("regrow", order), everything[order])
         assert torch.equal(draw("regrow", order[:5].view(5, 1)), everything[order[:5]].view(5, 1))
@@ -91,6 +91,30 @@ def test_uniform_and_gumbel_have_their_distributions():
     assert gumbel.max() > math.log(NUM) - 3  # the upper tail is there
 
 
+def test_normal_has_its_distribution():
+    normal = KEYS.normal("weight", INDEX)
+    assert normal.dtype == torch.float32
+    below = torch.special.ndtr(normal.double())  # uniform, like any distribution function
+    assert abs(excess(torch.bincount((below * 64).long(), minlength=64))) < 4
+    tail = int((normal.abs() > 4).sum())
+    assert 2 <= tail <= 40  # 16.6 expected of 2**18
+    assert abs((normal[1:] * normal[:-1]).mean().item()) < 4 / math.sqrt(NUM)
+    assert abs((normal * KEYS.normal("other", INDEX)).mean().item()) < 4 / math.sqrt(NUM)
+
+
+@pytest.mark.parametrize("bound", [1, 7, 4096, 2**31 - 1])
+def test_whole_numbers_below_a_bound_are_uniform(bound):
+    drawn = KEYS.below("row", INDEX, bound)
+    assert drawn.dtype == torch.int64
+    assert (int(drawn.min()), int(drawn.max())) >= (0, 0)
+    assert int(drawn.max()) < bound
+    cells = min(bound, 64)
+    edges = [-(-bound * cell // cells) for cell in range(cells + 1)]
+    counts = torch.histogram(drawn.double(), bins=torch.tensor(edges).double() - 0.5).hist
+    expected = NUM * torch.tensor(edges).diff() / bound
+    assert (counts - expected).abs().max() <= 5 * expected.max().sqrt()
+
+
 def test_extreme_bits_stay_finite(monkeypatch):
     def extremes(index: Tensor, round_keys: tuple[int, ...], out: Tensor) -> Tensor:
         return out.copy_(index)
@@ -102,9 +126,13 @@ def test_extreme_bits_stay_finite(monkeypatch):
     gumbel = KEYS.gumbel("tie", index)
     assert gumbel.isfinite().all()
     assert gumbel[0] == pytest.approx(33 * math.log(2))
+    normal = KEYS.normal("tie", index)
+    assert normal.isfinite().all()
+    assert normal.abs().max() < 6.8
 
 
 @pytest.mark.gpu
 def test_a_gpu_draws_the_same_bits():
     assert torch.equal(KEYS.bits("tie", INDEX.cuda()).cpu(), KEYS.bits("tie", INDEX))
     torch.testing.assert_close(KEYS.gumbel("tie", INDEX.cuda()).cpu(), KEYS.gumbel("tie", INDEX))
+    torch.testing.assert_close(KEYS.normal("tie", INDEX.cuda()).cpu(), KEYS.normal("tie", INDEX), atol=1e-5, rtol=1e-4)

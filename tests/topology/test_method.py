@@ -1,114 +1,22 @@
-"""The one update that all presets run: exact counts, what may change, and that a preset is only data."""
+"""Presets and overrides resolved against a run: what is filled in, and what is refused."""
 
 import math
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from llm_cht.errors import UserError
-from llm_cht.topology.budget import num_links
-from llm_cht.topology.keys import Keys
+from llm_cht.topology import settings
+from llm_cht.topology.initial import STARTS
 from llm_cht.topology.link import PREDICTORS
-from llm_cht.topology.method import PRESETS, Inputs, MethodSettings, Moment, active_neurons, resolve, update_group
-from llm_cht.topology.percolate import Group, Mlp
+from llm_cht.topology.method import resolve
+from llm_cht.topology.presets import PRESETS, SOURCES
+from llm_cht.topology.schedule import SHAPES
 from llm_cht.topology.score import SCORES
-
-GROUP = Group("mlp", ("gate", "up", "down"), (Mlp(("gate", "up"), "down"),))
-NONE: frozenset[str] = frozenset()
-
-
-def start(method, hidden=40, width=24, seed=0):
-    """First masks and weights of a gated MLP."""
-    shapes = {"gate": (hidden, width), "up": (hidden, width), "down": (width, hidden)}
-    masks = {name: method.start(shape, Keys(seed, 0, name)) for name, shape in shapes.items()}
-    generator = torch.Generator().manual_seed(seed)
-    weights = {name: torch.randn(shape, generator=generator) * masks[name] for name, shape in shapes.items()}
-    return weights, masks
-
-
-def run(preset: str, updates: int = 6, **overrides):
-    """Masks and changes of some updates on weights that are drawn anew after each."""
-    chosen = MethodSettings(preset=preset, update_interval=10, **overrides)
-    method = resolve(chosen, total_steps=100)
-    weights, masks = start(method)
-    for update in range(1, updates + 1):
-        changes = update_group(method, GROUP, Inputs(weights, masks), NONE, Moment(10 * update, update, 7))
-        yield method, weights, masks, changes, 10 * update
-        masks = {name: change.mask for name, change in changes.items()}
-        weights = {name: torch.randn(mask.shape) * mask for name, mask in masks.items()}
-
-
-@pytest.mark.parametrize("preset", ["set", "chts", "chtss"])
-@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
-def test_counts_are_exact_at_every_update(preset, sparsity):
-    for method, _, masks, changes, step in run(preset, sparsity=sparsity):
-        for name, change in changes.items():
-            links = int(masks[name].sum())
-            target = num_links(change.mask.shape, method.density(step))
-            assert int(change.mask.sum()) == target
-            assert change.pruned == links - target
-            assert change.removed == math.floor(method.zeta(step) * target)
-            assert change.regrown == change.removed + change.percolated
-            assert 0 <= change.returned <= change.regrown
-
-
-def test_inputs_are_not_touched():
-    for _, weights, masks, _, _ in run("chtss", updates=1):
-        copies = {name: (weights[name].clone(), masks[name].clone()) for name in masks}
-        method = resolve(MethodSettings(preset="chtss", update_interval=10), 100)
-        update_group(method, GROUP, Inputs(weights, masks), NONE, Moment(10, 1, 7))
-        for name, (weight, mask) in copies.items():
-            assert torch.equal(weight, weights[name])
-            assert torch.equal(mask, masks[name])
-
-
-def test_same_inputs_same_masks_and_another_seed_or_update_others():
-    method = resolve(MethodSettings(preset="chts", update_interval=10), 100)
-    weights, masks = start(method)
-
-    def after(update: int, seed: int):
-        changes = update_group(method, GROUP, Inputs(weights, masks), NONE, Moment(10, update, seed))
-        return torch.cat([change.mask.flatten() for change in changes.values()])
-
-    assert torch.equal(after(1, 0), after(1, 0))
-    assert not torch.equal(after(1, 0), after(2, 0))
-    assert not torch.equal(after(1, 0), after(1, 1))
-
-
-def test_hard_magnitude_removal_takes_the_smallest():
-    method = resolve(MethodSettings(preset="set", update_interval=10, zeta=0.25), 100)
-    weights, masks = start(method)
-    changes = update_group(method, GROUP, Inputs(weights, masks), NONE, Moment(10, 1, 0))
-    for name, change in changes.items():
-        links = weights[name][masks[name]].abs().sort().values
-        limit = links[change.removed - 1]
-        gone = masks[name] & ~change.mask
-        assert (weights[name][gone].abs() <= limit).all()
-
-
-def test_soft_and_hard_choices_differ():
-    variants = {}
-    for removal in ("hard", "soft"):
-        for regrowth in ("hard", "soft"):
-            rows = run("chts", updates=1, removal_choice=removal, regrowth_choice=regrowth)
-            variants[removal, regrowth] = next(rows)[3]["gate"].mask
-    masks = list(variants.values())
-    assert all(not torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
-
-
-def test_past_end_step_a_density_window_only_prunes():
-    chosen = MethodSettings(preset="chtss", update_interval=10, end_step=20, density_end_step=80, half_window=False)
-    method = resolve(chosen, total_steps=100)
-    weights, masks = start(method)
-    changes = update_group(method, GROUP, Inputs(weights, masks), NONE, Moment(50, 5, 7))
-    for name, change in changes.items():
-        assert change.removed == change.percolated == change.regrown == 0
-        assert change.pruned > 0
-        assert not (change.mask & ~masks[name]).any()
-    assert [step for step in range(101) if method.due(step)] == list(range(10, 81, 10))
+from llm_cht.topology.settings import MethodSettings
+from llm_cht.topology.weights import WEIGHTS
 
 
 def test_due_steps():
@@ -124,28 +32,10 @@ def test_the_last_density_is_exactly_the_target():
         assert method.density(total) == 0.1
 
 
-@settings(deadline=None, max_examples=25)
-@given(
-    hidden=st.integers(4, 30),
-    width=st.integers(4, 30),
-    sparsity=st.floats(0.1, 0.93),
-    zeta=st.floats(0.01, 0.9),
-    preset=st.sampled_from(["set", "chts", "chtss"]),
-)
-def test_invariants_over_shapes_and_densities(hidden, width, sparsity, zeta, preset):
-    chosen = MethodSettings(preset=preset, sparsity=sparsity, start_sparsity=0.05, zeta=zeta, update_interval=10)
-    method = resolve(chosen, total_steps=100)
-    weights, masks = start(method, hidden, width)
-    changes = update_group(method, GROUP, Inputs(weights, masks), NONE, Moment(10, 1, 3))
-    for name, change in changes.items():
-        assert int(change.mask.sum()) == num_links(change.mask.shape, method.density(10))
-        assert int((masks[name] & ~change.mask).sum()) <= change.pruned + change.removed + change.percolated
-    active, total = active_neurons(method, GROUP, {n: c.mask for n, c in changes.items()}, NONE)
-    assert 0 <= active <= total == hidden
-
-
 def test_every_preset_sets_every_open_field():
-    open_fields = {f.name for f in fields(MethodSettings) if f.default is None} - {"end_step", "density_end_step"}
+    open_fields = {f.name for f in fields(MethodSettings) if f.default is None}
+    open_fields -= {"end_step", "density_end_step", "initial_path"}
+    assert PRESETS.keys() == SOURCES.keys()
     for row in PRESETS.values():
         assert set(row) == open_fields
 
@@ -179,6 +69,39 @@ def test_dense_takes_what_it_resolves_to_and_what_only_says_when():
         ({"sparsity": 0.4}, r"`method.start_sparsity` = 0.5: .*`method.sparsity` = 0.4"),
         ({"workspace_mb": 0}, r"`method.workspace_mb` = 0"),
         ({"temperature_end": -1.0}, r"temperature_end"),
+        ({"preset": "rgl"}, "`method.preset` = rgl: unknown; did you mean `rigl`"),
+        ({"regrowth": "ch3l3p"}, "`method.regrowth` = ch3l3p: unknown; did you mean `ch3_l3p`"),
+        ({"regrowth_from": {20: "grad"}}, "`method.regrowth_from` = grad: unknown; did you mean `gradient`"),
+        ({"removal": "xyz"}, "`method.removal` = xyz: unknown; known: magnitude, "),
+        ({"initial": "brff"}, "`method.initial` = brff: unknown; did you mean `brf`"),
+        ({"initial_weight": "swl"}, "`method.initial_weight` = swl: unknown; did you mean `swi`"),
+        ({"density": "cubik"}, "`method.density` = cubik: unknown; did you mean `cubic`"),
+        ({"pruning": "mest"}, "`method.pruning` = mest: unknown"),
+        ({"preset": "set", "early_stop": 1.5}, r"`method.early_stop` = 1.5: must lie in \[0, 1\]"),
+        ({"preset": "mest", "zeta": 0.1}, r"`method.zeta` = 0.1: .*em_s"),
+        ({"preset": "mest", "zeta_schedule": "cosine"}, r"`method.zeta_schedule` = cosine: .*em_s"),
+        ({"preset": "mest", "density_end_step": 50}, r"`method.density_end_step` = 50: .*em_s"),
+        ({"preset": "mest", "early_stop": 0.9}, r"`method.early_stop` = 0.9: .*shrink"),
+        ({"preset": "mest", "sparsity": 0.02}, r"`method.sparsity` = 0.02: .*0.05 more links"),
+        ({"preset": "chts", "removal": "two_sided"}, r"`method.removal` = two_sided: ranks links"),
+        ({"preset": "chts", "ties": "subrank"}, r"`method.ties` = subrank: needs `method.regrowth_choice: hard`"),
+        ({"preset": "set", "ties": "subrank"}, r"`method.ties` = subrank: .*ch2_l3n"),
+        ({"preset": "set", "pruning_scope": "global"}, r"`method.pruning_scope` = global: nothing is pruned"),
+        ({"preset": "gmp", "new_weight": "zero"}, r"`method.new_weight` = zero: .*remembered"),
+        ({"preset": "gmp", "density_table": {0: 0.5}}, r"`method.density_table` = \{0: 0.5\}: goes together"),
+        ({"preset": "gmp", "density": "table"}, r"`method.density_table` = \{\}: goes together"),
+        ({"preset": "gmp", "density": "table", "density_table": {5: 0.5}}, "has no sparsity for step 0"),
+        ({"preset": "gmp", "density": "table", "density_table": {0: 0.5, 15: 0.9}}, "step 15 is no multiple of"),
+        ({"preset": "gmp", "density": "table", "density_table": {0: 0.5, 20: 0.4}}, "sparsity falls to 0.4 at step 20"),
+        ({"preset": "gmp", "density": "table", "density_table": {0: 0.5, 20: 1.0}}, "sparsity 1 at step 20"),
+        (
+            {"preset": "gmp", "density": "table", "density_table": {0: 0.5, 200: 0.9}},
+            "step 200 .*beyond the run of 100",
+        ),
+        ({"preset": "set", "regrowth_from": {0: "gradient"}}, r"`method.regrowth_from` = .*at least 1"),
+        ({"preset": "set", "regrowth_from": {300: "gradient"}}, "step 300 .*beyond the run of 100"),
+        ({"preset": "set", "initial": "file"}, "`method.initial_path` = None: goes together"),
+        ({"preset": "set", "dead_heads": True}, "`method.dead_heads` = True: is a part of percolation"),
         ({"preset": "set", "update_interval": 80}, r"`method.update_interval` = 80: no topology update falls"),
     ],
 )
@@ -187,38 +110,43 @@ def test_settings_that_cannot_work(overrides, message):
         resolve(MethodSettings(**({"preset": "chtss", "update_interval": 10} | overrides)), total_steps=100)
 
 
-def _broken_at(score, position):
-    def rule(*inputs):
-        mask = inputs[0] if inputs[0].dtype == torch.bool else inputs[1]
-        result = torch.where(mask, 0.0, 1.0) if mask is inputs[0] else torch.ones(mask.shape)
-        result[tuple(torch.nonzero(mask == position)[0])] = score
-        return result
-
-    return rule
-
-
-RULES = {
-    "score on a link": ("regrowth", _broken_at(1.0, True), "is not 0 on 1 existing links"),
-    "negative": ("regrowth", _broken_at(-1.0, False), "runs from -1 to 1, not from 0"),
-    "infinite": ("regrowth", _broken_at(math.inf, False), "runs from 0 to inf"),
-    "NaN": ("regrowth", _broken_at(math.nan, False), "runs from nan to nan"),
-    "shape": ("regrowth", lambda mask, *_: torch.zeros(mask.numel()), r"has shape \(960,\) .*, not \(40, 24\)"),
-    "type": ("regrowth", lambda mask, *_: ~mask, r"has shape \(40, 24\) and torch.bool, not .* a float type"),
-    "negative removal score": ("removal", _broken_at(-2.0, True), "runs from -2 to 1"),
-    "removal score NaN": ("removal", _broken_at(math.nan, True), "runs from nan to nan"),
-    "pruning score infinite": ("pruning", _broken_at(math.inf, True), "runs from 1 to inf"),
-    "removal shape": ("removal", lambda weight, *_: weight.abs().T, r"has shape \(24, 40\) .*, not \(40, 24\)"),
-}
+def test_mixed_regrowth_changes_its_rule_at_a_step():
+    method = resolve(MethodSettings("set", update_interval=10, regrowth_from={30: "gradient", 50: "ch2_l3n"}), 100)
+    assert [method.regrowth(step) for step in (10, 20, 30, 40, 50, 70)] == [
+        *("random", "random", "gradient", "gradient", "ch2_l3n", "ch2_l3n")
+    ]
+    assert [step for step in range(1, 101) if method.needs_gradient(step)] == [30, 40]
+    assert not method.needs_momentum(30)
 
 
-@pytest.mark.parametrize("case", RULES)
-def test_a_rule_that_breaks_its_contract_is_named(case, monkeypatch):
-    kind, rule, fault = RULES[case]
-    monkeypatch.setitem(PREDICTORS if kind == "regrowth" else SCORES, "mine", rule)
-    with pytest.raises(UserError, match=rf"`method.{kind}` = mine: its score of `gate` {fault}.*; correct"):
-        next(run("chtss", updates=1, **{kind: "mine"}))
+def test_gradients_are_asked_for_where_they_are_used():
+    rigl = resolve(MethodSettings("rigl", update_interval=10), 100)
+    assert [step for step in range(1, 101) if rigl.needs_gradient(step)] == [10, 20, 30, 40, 50, 60, 70]
+    mest = resolve(MethodSettings("mest", update_interval=10), 100)
+    assert [step for step in range(1, 101) if mest.needs_gradient(step)] == [10, 20, 30, 40, 50, 60, 70]
+    snfs = resolve(MethodSettings("snfs", update_interval=10), 100)
+    assert not any(snfs.needs_gradient(step) for step in range(1, 101))
+    assert [step for step in range(1, 101) if snfs.needs_momentum(step)] == list(range(1, 71))
 
 
-def test_a_removal_score_may_be_anything_where_there_is_no_link(monkeypatch):
-    monkeypatch.setitem(SCORES, "mine", _broken_at(math.nan, False))
-    next(run("chtss", updates=1, removal="mine", pruning="mine"))
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_resolved_method_resolves_to_itself(preset):
+    method = resolve(MethodSettings(preset, update_interval=10), 100)
+    assert resolve(method.settings, 100) == method
+
+
+def test_targets_of_the_stages_of_mest():
+    method = resolve(MethodSettings("mest", sparsity=0.9, update_interval=10, end_step=100), 200)
+    shapes = {"a": (100, 100), "b": (10, 20)}
+    assert method.targets(shapes, 0)["a"].links == 1500
+    for step, links in {10: 1500, 50: 1500, 60: 1250, 80: 1250, 90: 1000, 100: 1000}.items():
+        targets = method.targets(shapes, step)
+        assert (targets["a"].links, targets["a"].kept) == (links, 1000)
+        assert (targets["b"].links, targets["b"].kept) == (links // 50, 20)
+
+
+def test_the_help_of_a_setting_names_all_its_rules():
+    text = Path(settings.__file__).read_text()
+    for names in (PRESETS, STARTS, WEIGHTS, SCORES, PREDICTORS, SHAPES):
+        for name in names:
+            assert re.search(rf"\b{name}\b", text), name

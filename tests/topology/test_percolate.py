@@ -1,11 +1,13 @@
 """Percolation: hand masks for every rule, and float64 logits of tiny LLaMAs that do not change."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm_cht.topology.percolate import Group, Mlp, QueryKey, ValueOutput, percolate
+from llm_cht.topology.percolate import Group, Mlp, QueryKey, ValueOutput, percolate, with_dead_heads
 
 NO_BIAS: frozenset[str] = frozenset()
 
@@ -238,3 +240,31 @@ def test_neurons_of_grouped_query_attention():
     attention, mlp = groups(2, "rotary")[:2]
     assert percolate(attention, full, NO_BIAS)[1:] == (4 * 6 + 2 * 12,) * 2
     assert percolate(mlp, full, NO_BIAS)[1:] == (60, 60)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_dead_heads_lose_queries_and_keys_and_logits_do_not_change(num_kv_heads: int):
+    model = llama(num_kv_heads)
+    masks = sparse_masks(model, 0.3)
+    for name, links in masks.items():
+        if name.endswith("o_proj"):
+            links[:, :24] = False  # the first two heads reach no output
+    before = logits(model, masks)
+    new: dict[str, Tensor] = {}
+    counted = []
+    for group in groups(num_kv_heads, "rotary"):
+        whole = replace(group, units=with_dead_heads(group.units))
+        masks_of_group, *neurons = percolate(whole, masks, NO_BIAS)
+        new |= masks_of_group
+        counted.append((neurons[1], percolate(group, masks, NO_BIAS)[2]))
+    assert all(with_heads == without for with_heads, without in counted)
+    group_size = 4 // num_kv_heads
+    dead_keys = 2 // group_size * 12
+    for name, links in new.items():
+        if name.endswith("q_proj"):
+            assert not links[:24].any()
+            assert links[24:].any()
+        if name.endswith("k_proj"):
+            assert not links[:dead_keys].any()
+            assert links[dead_keys:].any()
+    torch.testing.assert_close(logits(model, new), before, rtol=0, atol=1e-10)

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_cht.errors import UserError
-from llm_cht.topology.schedule import SHAPES, Anneal, Density, Temperature, Updates, density_window
+from llm_cht.topology.schedule import (
+    SHAPES,
+    Anneal,
+    Density,
+    Stages,
+    StepTable,
+    Temperature,
+    Updates,
+    density_window,
+)
 
 
 def test_updates_fall_on_multiples_up_to_the_end():
@@ -114,6 +123,28 @@ def test_the_half_window_of_the_sigmoid_costs_what_the_cubic_costs():
     assert spent == pytest.approx(cubic, abs=1e-3)
 
 
+def test_linear_and_cubic_by_hand():
+    shares = {"linear": [0, 0.25, 0.5, 0.75, 1], "cubic": [0, 0.578125, 0.875, 0.984375, 1]}
+    for kind, expected in shares.items():
+        density = Density(kind, 0.5, 0.1, 0, 100)
+        assert [(0.5 - density(step)) / 0.4 for step in (0, 25, 50, 75, 100)] == pytest.approx(expected)
+        assert density(100) == density(130) == 0.1
+
+
+def test_the_stages_of_mest_by_hand():
+    stages = Stages(0.1, 0, 1000, 100)
+    steps = (0, 500, 599, 600, 899, 900, 1000)
+    assert [stages(step) for step in steps] == pytest.approx([0.15, 0.15, 0.15, 0.125, 0.125, 0.1, 0.1])
+    assert {stages.kept_by_removal(step) for step in steps} == {0.1}
+    assert (stages.start, stages.last_step) == (pytest.approx(0.15), 1000)
+
+
+def test_a_table_holds_from_each_step_on():
+    table = StepTable(((0, 0.5), (100, 0.3), (300, 0.1)), 100)
+    assert [table(step) for step in (0, 99, 100, 299, 300, 1000)] == [0.5, 0.5, 0.3, 0.3, 0.1, 0.1]
+    assert (table.start, table.final, table.last_step) == (0.5, 0.1, 300)
+
+
 def test_density_goes_on_past_the_last_regrowth():
     updates, density = Updates(10, 50), Density("sigmoid", 0.5, 0.1, 0, 100)
     assert not updates.due(90)
@@ -132,7 +163,10 @@ def test_density_goes_on_past_the_last_regrowth():
         (lambda: Temperature(-1, 9, 10, "delta"), "`method.temperature_start` = -1"),
         (lambda: Temperature(1, math.inf, 10, "delta"), "`method.temperature_end` = inf"),
         (lambda: Temperature(1, 9, 10, "log"), "`method.interpolate` = log"),
-        (lambda: Density("step", 0.5, 0.1, 0, 10), "`method.density` = step: must be one of constant, sigmoid"),
+        (
+            lambda: Density("step", 0.5, 0.1, 0, 10),
+            "`method.density` = step: must be one of constant, ",
+        ),
         (lambda: Density("constant", 0.1, 0.0, 0, 10), "`method.sparsity` = 1"),
         (lambda: Density("sigmoid", 1.5, 0.1, 0, 10), "`method.start_sparsity` = -0.5"),
         (lambda: Density("sigmoid", 0.1, 0.5, 0, 10), "`method.start_sparsity` = 0.9 is above .* = 0.5"),

@@ -1,0 +1,118 @@
+"""Whole runs of every method through the command line: they end, resume exactly, and say what they cost."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_cht.cli import main
+from llm_cht.sparse.folder import read_topology, verify_folder
+from llm_cht.topology import link, presets
+from llm_cht.topology.presets import PRESETS
+from tests.helpers import learned, records, tiny_config
+
+EVOLVING = [name for name in PRESETS if name not in ("dense", "static")]
+
+
+def run_of(folder: Path, *arguments: str, **method) -> Path:
+    folder.mkdir(exist_ok=True)
+    settings = {"sparsity": 0.8, "update_interval": 3} | method
+    config = tiny_config(folder, method=settings, checkpoint={"every": 5, "keep_last": 9})
+    assert main(["train", str(config), *arguments]) == 0
+    return folder / "run"
+
+
+def summary(run: Path) -> dict:
+    return records(run, "end")[0]["summary"]
+
+
+@pytest.mark.parametrize("preset", EVOLVING)
+def test_a_resumed_run_of_every_method_equals_an_unbroken_one(preset, tmp_path):
+    run = run_of(tmp_path, preset=preset)
+    verify_folder(run / "model")
+    whole = learned(run)
+    end = summary(run)
+    assert end["density"] == pytest.approx(0.2, abs=1e-3)
+    assert end["density"] <= end["average_density"] + 1e-9
+    assert 0 < end["flops_relative"] < 1
+    assert main(["train", str(run / "config.yaml"), "--resume", str(run / "checkpoints" / "step-00000010")]) == 0
+    assert learned(run) == whole
+    assert summary(run)["flops"] == end["flops"]
+
+
+def test_flops_count_what_each_method_pays(tmp_path):
+    ends = {name: summary(run_of(tmp_path / name, preset=name)) for name in ("static", "set", "rigl", "snfs", "chts")}
+    static = ends["static"]
+    positions = 2 * (4 * 16 * 16 + 3 * 16 * 32)
+    others = 300 * 16 + 5 * 16  # output layer and norms
+    dense = 6 * (positions + others) + 12 * 2 * 16 * 32
+    tokens = static["tokens"]
+    links = round(0.2 * 256) * 4 * 2 + round(0.2 * 512) * 3 * 2
+    assert static["flops"] == tokens * (dense - 6 * positions + 6 * links)
+    assert static["flops_relative"] == static["flops"] / (dense * tokens)
+    # five updates, after steps 3, 6, 9, 12 and 15, choose among all positions
+    assert ends["set"]["flops"] == static["flops"] + 5 * 100 * positions
+    per_step = tokens / 20
+    extra = 2 * (positions - links) * per_step
+    assert ends["rigl"]["flops"] == pytest.approx(ends["set"]["flops"] + 5 * extra, rel=0.01)
+    assert ends["snfs"]["flops"] == pytest.approx(ends["set"]["flops"] + 15 * extra, rel=0.01)
+    assert ends["chts"]["flops"] > ends["set"]["flops"]
+    assert static["mask_bytes"] == positions
+    assert static["topology_bytes"] == positions
+    assert ends["chts"]["topology_bytes"] == 5 * positions
+
+
+def test_the_final_topology_of_a_run_is_trained_again_from_the_same_weights(tmp_path):
+    """Static retraining (001 App. C): same seed, same first weights; another seed, new ones."""
+    run = run_of(tmp_path / "first", preset="chts")
+    again = run_of(tmp_path / "again", preset="static", initial="file", initial_path=str(run / "model"))
+    masks, same = read_topology(run / "model").masks, read_topology(again / "model").masks
+    assert all(torch.equal(masks[name], same[name]) for name in masks)
+    assert not records(again, "topology")
+
+
+def test_csti_reads_training_sequences_and_leaves_the_data_as_they_were(tmp_path):
+    for streaming in (False, True):
+        folder = tmp_path / str(streaming)
+        folder.mkdir()
+        data = {"streaming": streaming, "validation": str(tmp_path / "held.txt")} if streaming else {}
+        (tmp_path / "held.txt").write_text("\n\n".join(["the mask grows and the model learns of it " * 9] * 4))
+        runs = {}
+        for initial in ("csti", "er"):
+            own = folder / initial
+            own.mkdir()
+            method = {"preset": "static", "sparsity": 0.8, "initial": initial, "calibration_sequences": 8}
+            config = tiny_config(own, data=data, method=method, train={"steps": 3})
+            assert main(["train", str(config)]) == 0
+            runs[initial] = own / "run"
+        csti, er = (read_topology(runs[initial] / "model").masks for initial in ("csti", "er"))
+        name = "model.layers.0.self_attn.q_proj"
+        assert int(csti[name].sum()) == int(er[name].sum())
+        assert not torch.equal(csti[name], er[name])
+        assert torch.equal(csti["model.layers.1.self_attn.q_proj"], er["model.layers.1.self_attn.q_proj"])
+        counts = [[record["tokens"] for record in records(run, "train")] for run in runs.values()]
+        assert counts[0] == counts[1]
+
+
+def test_link_age_and_a_mix_that_nobody_ran(tmp_path):
+    age = ("--optimizer.link_age", "true", "--lr.rewarm", "off")
+    run = run_of(tmp_path, *age, preset="granet", pruning_scope="global", regrowth_from={9: "ch2_l3n"})
+    whole = learned(run)
+    assert main(["train", str(run / "config.yaml"), "--resume", str(run / "checkpoints" / "step-00000010")]) == 0
+    assert learned(run) == whole
+
+
+def test_a_rule_of_ones_own_is_a_function_and_a_row(tmp_path, monkeypatch):
+    """The README's section on adding a rule, followed."""
+
+    def corner(mask_OI, gradient_OI, workspace_mb):
+        """Missing links near the first output and input."""
+        rows, columns = (torch.arange(1, size + 1, device=mask_OI.device) for size in mask_OI.shape)
+        return (1 / (rows[:, None] * columns)).masked_fill(mask_OI, 0)
+
+    monkeypatch.setitem(link.PREDICTORS, "corner", corner)
+    monkeypatch.setitem(presets.PRESETS, "mine", PRESETS["set"] | {"regrowth": "corner"})
+    monkeypatch.setitem(presets.SOURCES, "mine", "a test")
+    run = run_of(tmp_path, preset="mine", zeta=0.5)
+    for mask in read_topology(run / "model").masks.values():
+        assert mask[:4, :4].float().mean() > 2 * mask[-4:, -4:].float().mean()
