@@ -28,6 +28,7 @@ usage: llm-cht COMMAND ...
   llm-cht train CONFIG.yaml [--section.key value ...]     train a model (`llm-cht train --help` lists the settings)
   llm-cht prepare CONFIG.yaml [--section.key value ...]   build tokenizer and token cache, and say what is in them
   llm-cht report RUN                                      write RUN/report.html
+  llm-cht sweep SWEEP.yaml [--section.key value ...]      make a grid of runs and compare them
   llm-cht export RUN FOLDER [--dtype bfloat16]            write the model of a run's (or one) checkpoint to a folder
   llm-cht methods [PRESET]                                what can be trained: all methods, or every setting of one
 
@@ -36,7 +37,7 @@ A run is stopped by CTRL-C and goes on by `llm-cht train RUN/config.yaml --resum
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 for a mistake of the user."""
+    """Run a command; returns the exit code: 0, 2 for a mistake of the user, or 1 if a run of a sweep failed."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("--help", "-h"):
         print(_HELP)
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in _COMMANDS:
             raise UserError(f"unknown command `{command}`; known: {', '.join(_COMMANDS)}")
-        _COMMANDS[command](rest)
+        return _COMMANDS[command](rest) or 0
     except UserError as error:
         _print_once(error)
         return 2
@@ -62,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("llm-cht: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _print_once(error: UserError) -> None:
@@ -152,6 +152,61 @@ def _export(arguments: Sequence[str]) -> None:
     print(f"{options.folder}: the model of {checkpoint}, in {options.dtype}")
 
 
+_SWEEP_HELP = """\
+usage: llm-cht sweep SWEEP.yaml [--table] [--section.key value ...]
+
+Makes the runs of SWEEP.yaml one after the other, then prints and writes FOLDER/table.md. The same command goes on after
+a stop, repeats what failed and leaves alone what has finished. Settings on the command line hold for all runs; paths
+are those of the working directory.
+
+  --table    only the table of what has finished
+
+SWEEP.yaml:
+  base: [CONFIG.yaml, ...]      # config files of every run
+  settings: {train.steps: 100}  # settings of every run
+  folder: runs/NAME             # runs go to FOLDER/SETTING_seedK
+  cases:                        # named settings; each is combined with the grid
+    dense: {method.preset: dense, method.sparsity: 0, optimizer.lr: 1e-3}   # a key of the grid: not varied over it
+    chts: {method.preset: chts}
+  grid:                         # every combination
+    method.sparsity: [0.7, 0.9]
+  seeds: [0, 1, 2]
+  skip: [{case: chts, method.sparsity: 0.7}]     # left out
+  compare: case                 # factor whose values are compared (the cases; a key of the grid)
+  reference: dense              # value that the others are tested against (the first)
+  metric: perplexity            # figure of a run's summary (perplexity)
+  higher: false                 # whether a higher one is better (false)"""
+
+
+def _sweep(arguments: Sequence[str]) -> int:
+    if any(word in ("--help", "-h") for word in arguments):
+        print(_SWEEP_HELP)
+        return 0
+    from llm_cht.config import split_arguments
+    from llm_cht.sweep.run import LOG, run_sweep
+    from llm_cht.sweep.settings import load_sweep, plan
+    from llm_cht.sweep.table import write_table
+
+    files, overrides = split_arguments([word for word in arguments if word != "--table"])
+    if len(files) != 1:
+        raise UserError("give one sweep file; usage: llm-cht sweep SWEEP.yaml [--table] [--section.key value ...]")
+    sweep, runs = plan(load_sweep(files[0]), overrides)
+    if "--table" in arguments:
+        print(write_table(sweep, runs))
+        return 0
+    outcome = run_sweep(sweep, runs, _say)
+    if outcome.stopped_by:
+        _say(f"{outcome.stopped_by}: the sweep is stopped; the same command goes on with it")
+    elif len(outcome.failed) < len(runs):
+        print(write_table(sweep, runs))
+    if outcome.failed:
+        _say(
+            f"{len(outcome.failed)} of {len(runs)} runs failed: {', '.join(outcome.failed)}; each says why in its "
+            f"{LOG}, in {sweep.folder}; the same command repeats them"
+        )
+    return 1 if outcome.failed else 0
+
+
 def _methods(arguments: Sequence[str]) -> None:
     import yaml
 
@@ -183,11 +238,12 @@ def _say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+_COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": _train,
     "prepare": _prepare,
     "report": _report,
     "export": _export,
+    "sweep": _sweep,
     "methods": _methods,
 }
 

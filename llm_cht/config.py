@@ -15,7 +15,7 @@ import itertools
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,12 +52,12 @@ def parse(root: type[Settings], program: str, arguments: Sequence[str]) -> Setti
     known = known_keys(root)
     for file in files:
         values = flat(load_yaml(file))
-        _check_keys(values, known, place=file)
-        _check_sections(values, known, place=file)
+        check_keys(values, known, place=file)
+        check_sections(values, known, place=file)
         _check_empty(values, _hints(root), place=file)
-    given = _override_values(overrides)
-    _check_keys(given, known, place="the command line")
-    _check_sections(given, known, place="the command line")
+    given = override_values(overrides)
+    check_keys(given, known, place="the command line")
+    check_sections(given, known, place="the command line")
     parser = _parser(root, program)
     chosen = [f"--config={file}" for file in files]
     try:
@@ -174,7 +174,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, overrides
 
 
-def _override_values(overrides: Sequence[str]) -> dict[str, str]:
+def override_values(overrides: Sequence[str]) -> dict[str, str]:
+    """``--section.key value`` and ``--section.key=value`` words by key; values are the text given."""
     values = {}
     for word, following in itertools.pairwise([*overrides, ""]):
         if word.startswith("--"):
@@ -183,7 +184,8 @@ def _override_values(overrides: Sequence[str]) -> dict[str, str]:
     return {name: value for name, value in values.items() if name not in ("help", "print_config")}
 
 
-def _check_keys(keys: Iterable[str], known: dict[str, bool], place: str) -> None:
+def check_keys(keys: Iterable[str], known: dict[str, bool], place: str) -> None:
+    """Refuse a dotted name that is not in ``known`` (see ``known_keys``), naming the nearest one."""
     free = tuple(f"{name}." for name, open_ended in known.items() if open_ended)
     for key in keys:
         if key in known or key.startswith(free):
@@ -202,7 +204,8 @@ def _sections(known: Iterable[str]) -> set[str]:
     return {key.rpartition(".")[0] for key in known}
 
 
-def _check_sections(values: dict[str, Any], known: dict[str, bool], place: str) -> None:
+def check_sections(values: Mapping[str, Any], known: dict[str, bool], place: str) -> None:
+    """Refuse a value where a section of settings must stand."""
     sections = _sections(known)
     for key, value in values.items():
         if key in sections and value != {}:

@@ -5,7 +5,9 @@ import pytest
 from llm_cht.cli import main
 
 
-@pytest.mark.parametrize("arguments", ["--help", "--version", "report --help", "prepare --help", "train --help"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "--version", "report --help", "prepare --help", "sweep --help", "train --help"]
+)
 def test_help_and_version(arguments, capsys):
     try:
         code = main(arguments.split())

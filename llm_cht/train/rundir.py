@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -92,21 +92,34 @@ def claimed(settings: RunSettings, checkpoint: Checkpoint | None) -> Iterator[No
         UserError: another process trains there, or did since ``find_run``, or the folder cannot be written.
     """
     run = Path(settings.run)
-    file = run / ".lock"
-    lock = FileLock(file, timeout=0)
-    with disk_errors(run / CONFIG_NAME, 0, "Nothing was written; `--run` gives another folder."):
-        run.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise UserError(
-                f"another process is training in this run folder, {run}; wait until it ends or stop it, or give "
-                "another folder with `--run`"
-            ) from error
-    try:
+    taken = (
+        f"another process is training in this run folder, {run}; wait until it ends or stop it, or give another folder "
+        "with `--run`"
+    )
+    with locked(run, taken, "Nothing was written; `--run` gives another folder."):
         begun = settings.resume is None and (run / CONFIG_NAME).exists()
         if begun or (checkpoint is None and any((run / "checkpoints").glob("step-*"))):
             raise UserError(f"another process has trained in {run} meanwhile; go on with its run by `--resume auto`")
+        yield
+
+
+@contextmanager
+def locked(folder: Path, taken: str, kept: str) -> Iterator[None]:
+    """Hold the lock of a folder, which is made if it is not there; it ends with the process, however that ends.
+
+    Raises:
+        UserError: another process holds it (the message is ``taken``), or the folder cannot be written (``kept`` says
+            what is not lost).
+    """
+    file = folder / ".lock"
+    lock = FileLock(file, timeout=0)
+    with disk_errors(file, 0, kept):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(taken) from error
+    try:
         yield
     finally:
         with suppress(OSError):
@@ -126,12 +139,24 @@ def write_config(run: Path, settings: RunSettings) -> None:
         write_whole(run / CONFIG_NAME, text)
 
 
-def _check_same(saved: dict[str, Any], settings: RunSettings, place: str) -> None:
+def changed(saved: dict[str, Any], settings: RunSettings, keep: Collection[str] = ()) -> str | None:
+    """What makes ``settings`` another run than the ``saved`` ones, as "`key` is ... now and was ..."; None if nothing.
+
+    ``keep`` names settings that a resumed run may change but the caller does not allow to.
+    """
     old, new = config.flat(saved), config.flat(yaml.safe_load(config.dump(settings)))
     # the length first: others follow from it, which the user never set
     for key in {"train.steps": None, **old, **new}:
-        if old.get(key) != new.get(key) and key not in _MAY_CHANGE and not key.startswith(_SECTIONS_MAY_CHANGE):
-            raise UserError(
-                f"`{key}` is {new.get(key)!r} now and was {old.get(key)!r} in {place}; a resumed run keeps it: "
-                "resume with RUN/config.yaml, or start another run with `--run`"
-            )
+        free = (key in _MAY_CHANGE or key.startswith(_SECTIONS_MAY_CHANGE)) and key not in keep
+        if old.get(key) != new.get(key) and not free:
+            return f"`{key}` is {new.get(key)!r} now and was {old.get(key)!r}"
+    return None
+
+
+def _check_same(saved: dict[str, Any], settings: RunSettings, place: str) -> None:
+    change = changed(saved, settings)
+    if change is not None:
+        raise UserError(
+            f"{change} in {place}; a resumed run keeps it: resume with RUN/config.yaml, or start another run with "
+            "`--run`"
+        )

@@ -1,0 +1,1 @@
+"""A grid of settings over seeds, one run after the other, and the table that compares them."""
