@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from llm_cht import __version__
 from llm_cht.models import ModelSettings, build_model
 from llm_cht.sparse.surgery import SparseSettings, sparsify
-from llm_cht.topology.initial import STARTS, Given, InitialOptions
+from llm_cht.topology.initial import Given, InitialOptions, brf, er
 from llm_cht.topology.keys import Keys
 from llm_cht.topology.link import ch2_l3n
 from llm_cht.topology.method import Method, resolve
@@ -103,12 +103,10 @@ def update_table(repetitions: int) -> None:
         compare(f"score of {shape[0]} x {shape[1]}", variants, repetitions)
 
     method = resolve(MethodSettings(preset="chts", sparsity=1 - DENSITY), total_steps=10_000)
-    options = InitialOptions(method.settings.brf_r, method.settings.brf_degree)
+    targets = method.targets(LLAMA_60M_BLOCK, 0)
     masks = {
-        name: STARTS["brf"](shape, target.links, Keys(0, 0, name), options, Given())
-        for (name, shape), target in zip(
-            LLAMA_60M_BLOCK.items(), method.targets(LLAMA_60M_BLOCK, 0).values(), strict=True
-        )
+        name: brf(shape, targets[name].links, Keys(0, 0, name), _options(method), Given())
+        for name, shape in LLAMA_60M_BLOCK.items()
     }
     weights = {name: torch.randn(mask.shape) * mask for name, mask in masks.items()}
     products = [bare_products(shape) for shape in LLAMA_60M_BLOCK.values()]
@@ -126,6 +124,28 @@ def update_table(repetitions: int) -> None:
     for workspace_mb in (256, 128):
         peak = peak_mib(partial(ch2_l3n, mask, None, workspace_mb))
         print(f"| workspace_mb = {workspace_mb} | {2 * matrix:.0f} | {2 * matrix + workspace_mb:.0f} | {peak:.0f} |")
+    print(
+        "\n| whole update of 4096 x 11008 | links | peak beyond weight and mask, MiB | s |\n| --- | --- | --- | --- |"
+    )
+    for sparsity in (1 - DENSITY, 0.5):
+        _large_update(shape, sparsity)
+
+
+def _large_update(shape: tuple[int, int], sparsity: float) -> None:
+    """One layer of the MLP of LLaMA-7B: no number of links is too large for a sample."""
+    method = resolve(MethodSettings(preset="chts", sparsity=sparsity), total_steps=10_000)
+    mask = er(shape, method.targets({"up": shape}, 0)["up"].links, Keys(0, 0, "up"), _options(method), Given())
+    weight = torch.randn(shape).mul_(mask)
+    inputs = Inputs({"up": weight}, {"up": mask}, method.targets({"up": shape}, 3000))
+    start = time.perf_counter()
+    peak = peak_mib(partial(update_group, method, Group("up", ("up",), ()), inputs, Moment(3000, 30, 0)))
+    print(
+        f"| preset chts | {int(mask.count_nonzero()):,} | {peak:.0f} | {time.perf_counter() - start:.0f} |", flush=True
+    )
+
+
+def _options(method: Method) -> InitialOptions:
+    return InitialOptions(method.settings.brf_r, method.settings.brf_degree)
 
 
 def _update(method: Method, weights: dict[str, Tensor], masks: dict[str, Tensor]) -> None:

@@ -119,6 +119,7 @@ class Watchdog:
         self._closing = threading.Event()
         self._failed: tuple[float, str] | None = None
         self._warned = -1
+        self._warned_of_all = False
         self._suspected: dict[tuple[int, ...], float] = {}  # since when
         self._peers: Peers | None = None
         self._seen: dict[int, Seen] = {}
@@ -255,17 +256,24 @@ class Watchdog:
         self._end(group.named if stuck else list(present))
 
     def _warn(self, group: Group, now: float) -> None:
-        """Once per place, by one rank, where somebody in particular is waited for and has made no progress."""
+        """Once per place, by one rank, where somebody in particular is waited for and has made no progress.
+
+        Where that cannot be seen (DDP waits inside the backward pass) once a run: it may be that steps are long.
+        """
         own = self._seen[self._me]
-        others = [rank for rank, seen in self._seen.items() if not seen.done and rank not in group.named]
-        if own.place.changes == self._warned or others[:1] != [self._me] or math.isinf(own.place.limit_s):
+        present = [rank for rank, seen in self._seen.items() if not seen.done]
+        others = [rank for rank in present if rank not in group.named]
+        if own.place.changes == self._warned or math.isinf(own.place.limit_s):
             return
-        self._warned = own.place.changes
+        if (others or present)[:1] != [self._me] or (not others and self._warned_of_all):
+            return
+        self._warned, self._warned_of_all = own.place.changes, self._warned_of_all or not others
         told = []
         for seen in (self._seen[rank] for rank in group.named):
             silent = ", without an answer" if now - seen.heard > self.silent_s else ""
             told.append(f"{seen.name}: in {seen.place} for {seen.idle(now):.0f} s{silent}")
-        self._tell(f"warning: waiting {own.idle(now):.0f} s for {_listed(told, '; ')}")
+        of_all = "" if others else "one of all ranks, "
+        self._tell(f"warning: waiting {own.idle(now):.0f} s for {of_all}{_listed(told, '; ')}")
 
     def _end(self, blamed: Sequence[int]) -> NoReturn:
         """Leave the process; the first rank that is not to blame says why, for all."""
