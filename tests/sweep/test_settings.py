@@ -119,7 +119,10 @@ MISTAKES = {
         {"cases": {"a": {"optimiser.lr": 1}}},
         "sweep.yaml, case `a`; did you mean `optimizer.lr`?",
     ),
-    "wrong name": ({"grid": {"method.preset": ["sett"]}}, 'sweep.yaml, method.preset sett: setting "method.preset"'),
+    "wrong name": (
+        {"grid": {"method.preset": ["sett"]}},
+        "sweep.yaml, method.preset sett: `method.preset` = sett: unknown; did you mean `set`?",
+    ),
     "wrong value": ({"grid": {"method.preset": ["set"], "method.sparsity": [1.5]}}, "method.sparsity 1.5: `method.sp"),
     "a case that cannot be": (
         {"cases": {"a": {"method.preset": "dense"}}, "grid": {"method.sparsity": [0.7]}, "compare": None},
