@@ -32,7 +32,7 @@ from torch.nn.functional import embedding_bag
 
 from llm_cht.errors import UserError
 
-SPARSE_BELOW = 0.25
+SPARSE_BELOW = 0.2
 """density below which the sparse way is taken on a CPU; there its lists of links are no larger than fp32 links"""
 _PIECE = 1 << 18  # numbers per elementwise piece, or about per block of the sparse way
 
