@@ -32,7 +32,7 @@ from torch.nn.functional import embedding_bag
 
 from llm_cht.errors import UserError
 
-SPARSE_BELOW = 0.25
+SPARSE_BELOW = 0.2
 """density below which the sparse way is taken on a CPU; there its lists of links are no larger than fp32 links"""
 _PIECE = 1 << 18  # numbers per elementwise piece, or about per block of the sparse way
 
@@ -101,10 +101,11 @@ def check_room(fits: bool, workspace_mb: int, num_nodes: int) -> None:
 
 def neighbour_lists(links_UV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the neighbours of all nodes of U, one node after the other, where each starts, and how many; int64."""
-    num_neighbours = links_UV.shape[1]
+    num_nodes, num_neighbours = links_UV.shape
     place = links_UV.reshape(-1).nonzero().squeeze(1)
-    degree_U = torch.bincount(place // num_neighbours, minlength=len(links_UV))
-    return place.remainder_(num_neighbours), degree_U.cumsum(0) - degree_U, degree_U
+    row_ends = torch.arange(num_nodes + 1, device=place.device) * num_neighbours
+    start = torch.searchsorted(place, row_ends)  # a sum of booleans would take eight bytes a position
+    return place.remainder_(num_neighbours), start[:-1], start.diff()
 
 
 def _add_dense(links_UV: Tensor, workspace_mb: int, rule: _Rule, out_UV: Tensor) -> None:

@@ -57,7 +57,9 @@ def path_scores(mask_OI: Tensor, workspace_mb: int, rule: str, on_links: bool = 
     batches = list(paths.batches(size_I, piece))
     for batch in batches:
         paths.count(batch)
-    links_OI = torch.cat([mask_OI.float(), score_OI[-1:]]) if products else None
+    links_OI = torch.zeros_like(score_OI) if products else None
+    if links_OI is not None:
+        links_OI[:out] = mask_OI
     for batch in batches:
         if links_OI is not None:
             paths.add_products(batch, links_OI, score_OI)
@@ -150,7 +152,7 @@ class _Paths:
         near_S = input_B.index_select(0, batch_S)
         q_S = self.rule.weigh_(common.index_select(0, slot_S), self.degree_I.index_select(0, near_S).float())
         q_S.masked_fill_(near_S == far_S, 0)
-        pieces = (each.split(max(1, room // (4 * depth))) for each in (link_S, far_S, batch_S, q_S))
+        pieces = (each.split(max(1, room // (8 * depth))) for each in (link_S, far_S, batch_S, q_S))
         for link, far, batch, q in zip(*pieces, strict=True):
             paths = p_LD.index_select(0, link).mul_(q[:, None])
             place = rows_BD.index_select(0, batch).add_(far[:, None])
