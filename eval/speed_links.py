@@ -92,7 +92,7 @@ def growth_table(repetitions: int, largest: int, picture: Path) -> None:
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.set_ylabel("seconds an update")
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(picture, dpi=150)
 
 
