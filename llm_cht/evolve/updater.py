@@ -359,8 +359,8 @@ class TopologyUpdater:
         for name, average in self.momenta.items():
             average.copy_(tensors[f"momentum.{name}"])
         self.last_update = values["last_update"]
-        self.stopped = set(values["stopped"])
-        self.own_std = dict(values["own_std"])
+        self.stopped = set(values.get("stopped", ()))  # unknown to the first checkpoints, whose methods had no use
+        self.own_std = dict(values.get("own_std", {}))  # for either
 
 
 def _numbers(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
