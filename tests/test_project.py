@@ -30,8 +30,8 @@ ROOMS = """
     files config dist
     topology topology.keys topology.bits topology.score topology.node_rules topology.path_rules topology.link
     topology.subrank topology.select topology.scale_free topology.correlated topology.initial topology.weights
-    topology.budget topology.percolate topology.schedule topology.settings topology.presets topology.method
-    topology.update topology.measure
+    topology.budget topology.percolate topology.schedule topology.settings topology.presets topology.checks
+    topology.method topology.update topology.measure
     sparse sparse.linear sparse.packed
     sparse.families sparse.surgery sparse.folder models data
     evolve train report sweep cli

@@ -6,6 +6,7 @@ inputs of layers are caught on their way through the model as it was built, befo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from llm_cht.topology.weights import first_weight, own_std
 PATIENCE_S = 120.0
 """estimated time of one layer's update above which a path rule must be forced"""
 GPU_SPEEDUP = 100.0
-"""of the estimate on CUDA, by the peaks of the devices' fp32 products; not measured"""
+"""of the estimate on CUDA, a guess by the peaks of fp32 products; not measured"""
 
 Calibrate = Callable[[nn.Module], None]
 """runs the model forward on calibration samples"""
@@ -43,19 +44,34 @@ class Start:
     """of each layer's weights as the model had them, for links that are drawn as at the start"""
 
 
-def check_start(sparse: SparseModel, method: Method) -> None:
-    """Refuse what can be refused before data are read and anything is drawn.
+def check_start(sparse: SparseModel, method: Method, on_gpu: bool = False) -> None:
+    """Refuse what can be refused of a fresh run before data are read and anything is drawn.
 
     Raises:
         UserError: a density leaves a layer without a link; the file of the first links does not fit; a path rule would
-            take minutes in a layer.
+            take minutes in a layer; heads are asked for and there are none.
     """
-    shapes = _shapes(sparse)
-    _check_time(sparse, method)
-    method.targets(shapes, 0)
-    method.targets(shapes, method.updates.last_due)
-    if method.settings.initial == "file":
-        _masks_of_file(method.settings.initial_path, shapes)
+    settings, shapes = method.settings, _shapes(sparse)
+    _check_time(shapes, method, on_gpu)
+    if settings.per_head and not any(group.heads for group in sparse.groups):
+        raise UserError("`method.per_head`: no sparse layer is a query, key or value of a known family; set false")
+    if settings.csti_inner and settings.initial == "csti":
+        for name, (num_outputs, num_inputs) in shapes.items():
+            if num_outputs % num_inputs:
+                raise UserError(
+                    f"`method.csti_inner`: `{name}` has {num_outputs} outputs, no multiple of its {num_inputs} inputs; "
+                    "leave the layer out with `sparse.exclude`, or set `method.csti_inner: false`"
+                )
+    masks = _masks_of_file(settings.initial_path, shapes) if settings.initial == "file" else None
+    links = None if masks is None else {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+    first = method.targets(shapes, 0, links)
+    method.targets(shapes, method.updates.last_due, links)
+    for name, count in (links or {}).items():
+        if count != first[name].links:
+            raise UserError(
+                f"`method.initial_path` = {settings.initial_path}: `{name}` has {count} links there and is to have "
+                f"{first[name].links}; set `method.budget: kept`, or `method.sparsity` and `method.budget` as there"
+            )
 
 
 @torch.no_grad()
@@ -65,14 +81,14 @@ def draw_start(sparse: SparseModel, method: Method, seed: int, calibrate: Calibr
     The weights must be whole here: before ZeRO cuts them. Every rank draws the same.
 
     Raises:
-        UserError: as ``check_start``; CSTI without ``calibrate``, or with layers that it does not fit. Nothing is
-            changed then.
+        UserError: as ``check_start``, which comes first; CSTI without ``calibrate``, or with layers that it does not
+            fit. Nothing is changed then.
     """
-    check_start(sparse, method)
     settings = method.settings
     shapes = _shapes(sparse)
-    targets = method.targets(shapes, 0)
     given = _given(sparse, settings, calibrate)
+    files = {name: int(one.mask_OI.count_nonzero()) for name, one in given.items() if one.mask_OI is not None}
+    targets = method.targets(shapes, 0, files or None)
     level = _levelled(sparse, settings, calibrate)
     masks = {}
     for name in sparse.layers:
@@ -96,21 +112,24 @@ def draw_start(sparse: SparseModel, method: Method, seed: int, calibrate: Calibr
     return Start(lonely, deviations)
 
 
-def _check_time(sparse: SparseModel, method: Method) -> None:
+def _check_time(shapes: Mapping[str, tuple[int, int]], method: Method, on_gpu: bool) -> None:
     """Refuse path rules where one layer would take longer than ``PATIENCE_S``; node rules stay quick at any density."""
-    if method.settings.force:
+    if method.settings.force or method.settings.budget == "kept":
         return
-    density = method.density(0)
-    for name, layer in sparse.layers.items():
-        shape = (layer.out_features, layer.in_features)
-        speedup = GPU_SPEEDUP if layer.weight.is_cuda else 1.0
-        for rule in sorted(method.rules & PATH_RULES):
-            seconds = estimated_seconds(rule, shape, density) / speedup
+    interval, last = method.updates.interval, method.updates.end_step
+    slow: dict[str, int] = {}  # first update of each path rule: density only decays
+    for step in range(interval, last + 1, interval):
+        if method.evolves(step) and method.regrowth(step) in PATH_RULES:
+            slow.setdefault(method.regrowth(step), step)
+    for rule, step in slow.items():
+        for name, target in method.targets(shapes, step).items():
+            density = target.links / math.prod(shapes[name])
+            seconds = estimated_seconds(rule, shapes[name], density) / (GPU_SPEEDUP if on_gpu else 1.0)
             if seconds > PATIENCE_S:
                 raise UserError(
-                    f"`method.regrowth` = {rule}: an update of `{name}` {shape} at density {density:g} would take "
-                    f"about {seconds / 60:.0f} minutes; take the node rule {rule[:-1]}n, raise `method.sparsity`, or "
-                    "set `method.force: true`"
+                    f"`method.regrowth` = {rule}: an update of `{name}` {shapes[name]} at density {density:.3g} would "
+                    f"take about {seconds / 60:.0f} minutes; take the node rule {rule[:-1]}n, raise `method.sparsity`, "
+                    "or set `method.force: true`"
                 )
 
 

@@ -14,6 +14,7 @@ On one process everything is owned, nothing is sent, and the weights are read wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -109,8 +110,10 @@ class TopologyUpdater:
             self._gradients = gradients if self.method.needs_gradient(step) else {}
 
     @torch.no_grad()
-    def update(self, step: int) -> dict[str, Any]:
+    def update(self, step: int, prune_only: bool = False) -> dict[str, Any]:
         """One topology update after optimizer step ``step``; returns its figures for the metrics. A collective.
+
+        ``prune_only``: nothing is removed and regrown, for lack of a gradient.
 
         Raises:
             UserError: weights that are not finite, which have no order; gradients that were not watched; ranks whose
@@ -127,9 +130,10 @@ class TopologyUpdater:
         changes: dict[str, LayerChange] = {}
         with dist.together():
             for group in self.owned:
-                inputs = self._inputs(group, weights, targets, gradients)
+                inputs = replace(self._inputs(group, weights, targets, gradients), prune_only=prune_only)
                 _check_finite(inputs.weights, step)
-                self._check_watched(inputs, step)
+                if not prune_only:
+                    self._check_watched(inputs, step)
                 changes |= update_group(self.method, group, inputs, moment)
                 for name in group.layers:
                     self._remember(name, inputs.weights[name], changes[name].mask)
@@ -140,13 +144,13 @@ class TopologyUpdater:
         for name, change in self._exchange(own, counts):
             sent += len(change.code) + (0 if change.weights is None else change.weights.nbytes)
             self._apply(name, change)
-        self._agree(step)
+        self.agree(f"the topology update of step {step}")
         clock.lap("exchange")
         self.last_update = step
         self._stop_settled(counts)
         positions = {name: layer.mask.numel() for name, layer in self.sparse.layers.items()}
         when = {"update": moment.update, "zeta": self.method.zeta(step), "temperature": self.method.temperature(step)}
-        told = when | figures(positions, counts, self.active())
+        told = when | figures(positions, counts, self.active()) | self.memory()
         if self.method.settings.early_stop > 0:
             told["stopped"] = len(self.stopped)
         return told | clock.figures(weights.bytes_received, sent, self.balance)
@@ -165,7 +169,10 @@ class TopologyUpdater:
 
     def _targets(self, step: int, weights: Weights) -> dict[str, Target]:
         """Links of every layer after the update; a collective where layers are compared with each other."""
-        targets = self.method.targets(self.shapes, step)
+        present = None
+        if self.method.settings.budget == "kept":
+            present = {name: int(layer.mask.count_nonzero()) for name, layer in self.sparse.layers.items()}
+        targets = self.method.targets(self.shapes, step, present)
         if self.method.settings.pruning_scope == "layer":
             return targets
         scores: dict[str, Tensor] = {}
@@ -260,7 +267,7 @@ class TopologyUpdater:
         first = grown.new_zeros(len(grown), dtype=torch.float32) if change.weights is None else change.weights
         self.shards.write(layer.weight, flipped, grown, first)
 
-    def _agree(self, step: int) -> None:
+    def agree(self, event: str) -> None:
         """All ranks must have the same masks; what differs is named, and no rank says a word to another afterwards."""
         if dist.world_size() == 1:
             return
@@ -272,7 +279,7 @@ class TopologyUpdater:
             odd = [rank for rank, value in enumerate(values) if value != most]
             if odd:
                 raise dist.agreed(
-                    f"after the topology update of step {step} the mask of `{name}` on rank(s) {odd} differs from the "
+                    f"after {event} the mask of `{name}` on rank(s) {odd} differs from the "
                     "other ranks'. The masks no longer agree: memory or network of a node is faulty; resume from the "
                     "last checkpoint without it"
                 )

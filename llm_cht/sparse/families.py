@@ -55,7 +55,12 @@ def groups_of(model: nn.Module, family: Family | None, layers: Iterable[str]) ->
         parent = name.rpartition(".")[0] if family else name
         by_parent.setdefault(parent, []).append(name)
     return tuple(
-        Group(parent, tuple(names), _units(model, family, parent, frozenset(names)) if family else ())
+        Group(
+            parent,
+            tuple(names),
+            _units(model, family, parent, frozenset(names)) if family else (),
+            _heads(model, family, names) if family else {},
+        )
         for parent, names in by_parent.items()
     )
 
@@ -75,6 +80,15 @@ def _units(model: nn.Module, family: Family, parent: str, present: frozenset[str
     if {*gates, down} <= present and _keeps_zero(config.hidden_act):
         units.append(Mlp(gates, down))
     return tuple(units)
+
+
+def _heads(model: nn.Module, family: Family, names: Iterable[str]) -> dict[str, int]:
+    """Heads of the query, key and value layers among ``names``."""
+    config: Any = model.config
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    query, key, value, _ = family.attention
+    heads = {query: config.num_attention_heads, key: num_kv_heads, value: num_kv_heads}
+    return {name: heads[last] for name in names if (last := name.rpartition(".")[2]) in heads}
 
 
 def _join(parent: str, name: str) -> str:

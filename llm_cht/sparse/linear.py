@@ -39,11 +39,19 @@ class _MaskedGradient(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = grad_y.flatten(0, -2).mT @ x.flatten(0, -2)
             if ctx.captured_OI is not None:
-                ctx.captured_OI.add_(grad_weight)
+                _capture(ctx.captured_OI, grad_weight, grad_y, x)
             grad_weight.mul_(mask_OI.view(torch.uint8))  # 4 to 8 times faster than by bool on CPU
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y.flatten(0, -2).sum(0)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def _capture(captured_OI: Tensor, grad_weight: Tensor, grad_y: Tensor, x: Tensor) -> None:
+    """Add the gradient of the dense weight in fp32: rounded to bf16, many would be equal, and chosen at random."""
+    if grad_weight.dtype == torch.float32:
+        captured_OI.add_(grad_weight)
+    else:
+        captured_OI.addmm_(grad_y.flatten(0, -2).mT.float(), x.flatten(0, -2).float())
 
 
 class SparseLinear(nn.Linear):

@@ -7,26 +7,19 @@ a mix of two methods a third class.
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from llm_cht.errors import UserError
 from llm_cht.topology import link, score
 from llm_cht.topology.budget import budget_links
-from llm_cht.topology.initial import STARTS
+from llm_cht.topology.checks import check_dense, check_name, check_ranges, check_together, refuse
 from llm_cht.topology.presets import PRESETS
-from llm_cht.topology.schedule import SHAPES, Anneal, AnyDensity, Density, Stages, StepTable, Temperature, Updates
+from llm_cht.topology.schedule import Anneal, AnyDensity, Density, Stages, StepTable, Temperature, Updates
 from llm_cht.topology.schedule import density_window as _window
 from llm_cht.topology.settings import MethodSettings
-from llm_cht.topology.weights import WEIGHTS
-
-_SAYS_ONLY_WHEN = {
-    *("update_interval", "end_step", "density_end_step", "workspace_mb", "calibration_sequences", "force")
-}
-"""settings that a config for several presets may hold under dense too"""
 
 
 @dataclass(frozen=True)
@@ -72,17 +65,33 @@ class Method:
 
     def needs_gradient(self, step: int) -> bool:
         """Whether the update of ``step`` looks at the dense gradient of the optimizer step before it."""
-        if not (self.due(step) and self.evolves(step)):
-            return False
-        return self.regrowth(step) in link.NEEDS_GRADIENT or self.settings.removal in score.NEEDS_GRADIENT
+        removes = self.due(step) and self.evolves(step) and self.settings.removal in score.NEEDS_GRADIENT
+        return removes or self.regrows_by_gradient(step)
+
+    def regrows_by_gradient(self, step: int) -> bool:
+        """Whether the update of ``step`` compares missing links by their gradient, which costs more than links do."""
+        return self.due(step) and self.evolves(step) and self.regrowth(step) in link.NEEDS_GRADIENT
 
     def needs_momentum(self, step: int) -> bool:
-        """Whether the dense gradient of ``step`` enters an average that a later update looks at."""
-        return bool(self.rules & link.NEEDS_MOMENTUM) and step <= self.updates.last_due
+        """Whether the dense gradient of ``step`` enters an average that an update from then on looks at."""
+        return step <= self._last_momentum
 
-    def targets(self, shapes: Mapping[str, tuple[int, int]], step: int) -> dict[str, Target]:
-        """Links of all layers at the update of ``step``; step 0 gives those of the start."""
+    @cached_property
+    def _last_momentum(self) -> int:
+        due = range(self.updates.interval, self.updates.end_step + 1, self.updates.interval)
+        return max((s for s in due if self.evolves(s) and self.regrowth(s) in link.NEEDS_MOMENTUM), default=0)
+
+    def targets(
+        self, shapes: Mapping[str, tuple[int, int]], step: int, present: Mapping[str, int] | None = None
+    ) -> dict[str, Target]:
+        """Links of all layers at the update of ``step``; step 0 gives those of the start.
+
+        ``present``: links that the layers have, or those of the file they start from; for the budget 'kept'.
+        """
         budget = self.settings.budget
+        if budget == "kept":
+            assert present is not None
+            return {name: Target(present[name]) for name in shapes}
         links = budget_links(shapes, self.density(step), budget)
         floor = self.density.kept_by_removal(step)
         if floor is None:
@@ -99,28 +108,30 @@ def resolve(settings: MethodSettings, total_steps: int) -> Method:
             each other.
     """
     given = {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) is not None}
-    _check_name("preset", settings.preset, PRESETS)
+    check_name("preset", settings.preset, PRESETS)
     full: Any = MethodSettings(**(PRESETS[settings.preset] | given))
     if settings.preset == "dense":
-        _check_dense(full)
+        check_dense(full)
         full = replace(full, sparsity=0.0)
-    _check(full, total_steps)
-    _check_together(full)
+    check_ranges(full, total_steps)
+    check_together(full)
     end_step = int(0.75 * total_steps) if full.end_step is None else full.end_step
     density_end = end_step if full.density_end_step is None else full.density_end_step
     evolves = full.zeta > 0 or full.density == "em_s"
-    if evolves and full.end_step is None and end_step < full.update_interval:
+    if evolves and end_step < full.update_interval and full.end_step != 0:
         raise UserError(
-            f"`method.update_interval` = {full.update_interval}: no topology update falls into a run of {total_steps} "
-            f"steps, whose updates end at step {end_step}; lower it, train longer, or set `method.end_step: 0`"
+            f"`method.update_interval` = {full.update_interval}: no topology update falls into the steps up to "
+            f"`method.end_step` = {end_step} of a run of {total_steps}; lower it, train longer, or set "
+            "`method.end_step: 0`"
         )
     density = _density(full, density_end)
     full = replace(full, end_step=end_step, density_end_step=density_end, sparsity=round(1 - density.final, 12))
-    late = [step for step in (*full.regrowth_from, density.last_step) if step > total_steps]
-    if late:
-        raise UserError(
-            f"`method`: step {late[0]} of `regrowth_from` or `density_table` lies beyond the run of {total_steps} steps"
-        )
+    last_regrowth = end_step // full.update_interval * full.update_interval
+    for step in full.regrowth_from:
+        if evolves and step > last_regrowth:
+            refuse(full, "regrowth_from", f"the last regrowth is at step {last_regrowth}; lower {step}")
+    if density.last_step > total_steps:
+        refuse(full, "density_table", f"step {density.last_step} lies beyond the run of {total_steps} steps; lower it")
     return Method(
         settings=full,
         updates=Updates(full.update_interval, max(end_step if evolves else 0, density.last_step)),
@@ -139,94 +150,3 @@ def _density(full: Any, density_end: int) -> AnyDensity:
     if full.density == "em_s":
         return Stages(final, start, end, full.update_interval)
     return Density(full.density, final if full.density == "constant" else first, final, start, end)
-
-
-def _check_dense(full: Any) -> None:
-    """Refuse what would be silently without effect; a default, or what a dense run resolves it to, says nothing."""
-    untouched = MethodSettings(preset="dense", **PRESETS["dense"])
-    odd = {f.name: getattr(full, f.name) for f in fields(full) if f.name not in _SAYS_ONLY_WHEN}
-    odd = {key: value for key, value in odd.items() if value != getattr(untouched, key)}
-    if odd.get("sparsity") == 0:
-        del odd["sparsity"]
-    if odd:
-        named = ", ".join(f"`method.{key}` = {value!r}" for key, value in odd.items())
-        raise UserError(f"{named}: the preset dense has no topology; leave it out, or choose another `method.preset`")
-
-
-def _refuse(settings: Any, key: str, rule: str) -> None:
-    raise UserError(f"`method.{key}` = {getattr(settings, key)}: {rule}")
-
-
-def _check_name(key: str, name: str, known: Iterable[str]) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
-        raise UserError(f"`method.{key}` = {name}: unknown; {hint}")
-
-
-def _check(settings: Any, total_steps: int) -> None:
-    """Refuse unknown names and values outside their own range."""
-    tables: dict[str, Iterable[str]] = {
-        "initial": STARTS,
-        "initial_weight": WEIGHTS,
-        "removal": score.SCORES,
-        "regrowth": link.PREDICTORS,
-        "density": (*SHAPES, "em_s", "table"),
-        "pruning": [name for name in score.SCORES if name not in score.NEEDS_GRADIENT],
-    }
-    for key, known in tables.items():
-        _check_name(key, getattr(settings, key), known)
-    for rule in settings.regrowth_from.values():
-        _check_name("regrowth_from", rule, link.PREDICTORS)
-    for key in ("sparsity", "start_sparsity", "zeta", "regrowth_delta", "momentum_beta"):
-        if not 0 <= getattr(settings, key) < 1:
-            _refuse(settings, key, "must be a fraction in [0, 1)")
-    for key in ("brf_r", "bsw_beta", "removal_alpha", "early_stop"):
-        if not 0 <= getattr(settings, key) <= 1:
-            _refuse(settings, key, "must lie in [0, 1]")
-    for key, unit in (("update_interval", "optimizer step"), ("workspace_mb", "MiB"), ("calibration_sequences", "")):
-        if getattr(settings, key) < 1:
-            _refuse(settings, key, f"must be at least 1 {unit}".rstrip())
-    for key in ("end_step", "density_start_step", "density_end_step"):
-        value = getattr(settings, key)
-        if value is not None and not 0 <= value <= total_steps:
-            _refuse(settings, key, f"must lie in the run of {total_steps} steps (0 to {total_steps}); null chooses it")
-    if not 0 < settings.initial_gain < math.inf:
-        _refuse(settings, "initial_gain", "must be above 0 and finite")
-    for step in settings.regrowth_from:
-        if step < 1:
-            _refuse(settings, "regrowth_from", "its steps must be at least 1; `method.regrowth` is the first rule")
-
-
-def _check_together(settings: Any) -> None:
-    """Refuse settings that contradict each other, or of which one would be without effect."""
-    s = settings
-    if s.density not in ("constant", "table", "em_s") and s.start_sparsity > s.sparsity:
-        _refuse(s, "start_sparsity", f"is above the final `method.sparsity` = {s.sparsity}; density only decays")
-    if s.density == "em_s":
-        if s.zeta > 0 or s.zeta_schedule != "constant":
-            key = "zeta" if s.zeta > 0 else "zeta_schedule"
-            _refuse(s, key, "`method.density: em_s` itself says how many links go; set `method.zeta: 0`, constant")
-        if s.early_stop > 0:
-            _refuse(s, "early_stop", "a layer that stops could not shrink under `method.density: em_s`; set 0")
-        if s.density_end_step not in (None, s.end_step):
-            _refuse(
-                s, "density_end_step", "under `method.density: em_s` the window ends at `method.end_step`; set that"
-            )
-    if bool(s.density_table) != (s.density == "table"):
-        _refuse(s, "density_table", "goes together with `method.density: table`; give both or none")
-    if s.removal_choice == "soft" and s.removal in score.HARD_ONLY:
-        _refuse(s, "removal", "ranks links, which cannot be sampled by; set `method.removal_choice: hard`")
-    if s.ties == "subrank" and (
-        s.regrowth_choice == "soft" or not {s.regrowth, *s.regrowth_from.values()} <= link.LINK_SCORES.keys()
-    ):
-        _refuse(s, "ties", f"needs `method.regrowth_choice: hard` and link predictors among {sorted(link.LINK_SCORES)}")
-    if s.density in ("constant", "em_s") and (s.pruning_memory or s.pruning_scope == "global"):
-        key = "pruning_memory" if s.pruning_memory else "pruning_scope"
-        _refuse(s, key, f"nothing is pruned under `method.density: {s.density}`; choose another density")
-    if s.pruning_memory and s.new_weight != "history":
-        _refuse(s, "new_weight", "links come back with remembered weights (`method.pruning_memory`); set history")
-    if (s.initial == "file") != (s.initial_path is not None):
-        _refuse(s, "initial_path", "goes together with `method.initial: file`; give both or none")
-    if s.dead_heads and not s.percolate:
-        _refuse(s, "dead_heads", "is a part of percolation; set `method.percolate: true`")

@@ -12,7 +12,7 @@ them under rotary embeddings).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -147,6 +147,8 @@ class Group:
     layers: tuple[str, ...]
     units: tuple[Unit, ...]
     """hidden dimensions between the layers; none: nothing percolates"""
+    heads: Mapping[str, int] = field(default_factory=dict)
+    """number of heads that the rows of a layer belong to, for query, key and value layers"""
 
 
 def percolate(group: Group, masks: Masks, has_bias: frozenset[str]) -> tuple[dict[str, Tensor], int, int]:

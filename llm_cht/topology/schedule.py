@@ -144,8 +144,8 @@ class Density:
         if self.end_step <= self.start_step:
             raise UserError(
                 f"`method.density` = {self.kind}: no topology update falls into its window (step {self.start_step} to "
-                f"{self.end_step}); lower `method.update_interval`, raise `method.density_end_step` or set "
-                "`method.half_window: false`"
+                f"{self.end_step}); lower `method.update_interval` or `method.density_start_step`, raise "
+                "`method.density_end_step`, or set `method.half_window: false`"
             )
 
     @property
@@ -199,7 +199,7 @@ class Stages:
 
     def __call__(self, step: int) -> float:
         """As ``Density``."""
-        if step >= self.end_step - self.interval:
+        if step > 0 and step >= self.end_step - self.interval:
             return self.final
         return self.final + (_SURPLUS if _done(step, self.start_step, self.end_step) < 0.6 else _SURPLUS / 2)
 

@@ -26,7 +26,7 @@ class MethodSettings:
     """Last step with removal and regrowth; null: 0.75 of the run."""
     initial: str | None = None
     """First links: er, brf, bsw, bsf (random graphs), csti (from calibration samples), file (of a finished run), or
-    checkpoint (the model's own strongest weights)."""
+    checkpoint (the model's own strongest weights, by the score of `pruning`)."""
     initial_path: str | None = None
     """For file: RUN/model, or another folder with topology.safetensors."""
     brf_r: float | None = None
@@ -48,8 +48,8 @@ class MethodSettings:
     sqrt(density))."""
     initial_gain: float | None = None
     """Gain of swi and kaiming: sqrt(2) after ReLU, 1 after a norm."""
-    budget: Literal["uniform", "er", "erk"] | None = None
-    """How links are shared out between layers."""
+    budget: Literal["uniform", "er", "erk", "kept"] | None = None
+    """How links are shared out between layers; kept: every layer keeps the number that a file gave it."""
     repair: bool | None = None
     """Move one link to every neuron that starts without any."""
     removal: str | None = None
@@ -70,7 +70,8 @@ class MethodSettings:
     zeta_schedule: Literal["constant", "cosine"] | None = None
     """cosine: falls to 0 at end_step."""
     regrowth: str | None = None
-    """Link predictor: random, preferential, gradient, momentum, cn_l3, ch2_l3n, ch3_l3n, ch2_l3p, ch3_l3p."""
+    """Link predictor: random, preferential (by degrees; choose soft), gradient, momentum, cn_l3, ch2_l3n, ch3_l3n,
+    ch2_l3p, ch3_l3p."""
     regrowth_from: dict[int, str] | None = None
     """Other link predictors from later steps on, e.g. {2000: gradient}."""
     regrowth_choice: Literal["hard", "soft"] | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm_cht.topology.keys import Keys
 from llm_cht.topology.link import LINK_SCORES, NEEDS_MOMENTUM, PREDICTORS
 from llm_cht.topology.method import Method, Target
-from llm_cht.topology.percolate import Group, QueryKey, ValueOutput, percolate, with_dead_heads
+from llm_cht.topology.percolate import Group, QueryKey, percolate, with_dead_heads
 from llm_cht.topology.score import SCORES, Scored
 from llm_cht.topology.select import choose, choose_missing
 from llm_cht.topology.subrank import subrank
@@ -66,6 +66,8 @@ class Inputs:
     """layers with a bias"""
     stopped: frozenset[str] = frozenset()
     """layers that evolve no longer (early stop)"""
+    prune_only: bool = False
+    """leave out removal and regrowth, for lack of a gradient"""
 
 
 def update_group(method: Method, group: Group, inputs: Inputs, moment: Moment) -> dict[str, LayerChange]:
@@ -85,7 +87,7 @@ def update_group(method: Method, group: Group, inputs: Inputs, moment: Moment) -
     """
     layers = [_Layer(method, name, inputs, moment, _heads(method, group, name)) for name in group.layers]
     decayed = {layer.name: layer.decayed() for layer in layers}
-    if not method.evolves(moment.step):
+    if inputs.prune_only or not method.evolves(moment.step):
         return {layer.name: _change(layer.mask, [decayed[layer.name]] * 4) for layer in layers}
     kept = {
         layer.name: decayed[layer.name] if layer.name in inputs.stopped else layer.removed(decayed[layer.name])
@@ -151,7 +153,7 @@ class _Layer:
         if mask is not self.mask:
             weight = weight * mask  # relative importance adds up existing links only
         counts = self._counts(mask)
-        keep = [count - math.floor(zeta * count) for count in counts]
+        keep = [count - math.floor(zeta * count + 1e-9) for count in counts]  # 0.7 * 90 is 62.99...
         if self.target.kept is not None:
             keep = _shares(min(self.target.kept, sum(counts)), counts)
 
@@ -249,13 +251,7 @@ def _change(before: Tensor, stages: Sequence[Tensor]) -> LayerChange:
 
 def _heads(method: Method, group: Group, name: str) -> int:
     """Blocks of rows that the layer is evolved in: heads of query, key and value where the settings ask for it."""
-    if method.settings.per_head:
-        for unit in group.units:
-            if isinstance(unit, QueryKey) and name in (unit.query, unit.key):
-                return unit.num_heads if name == unit.query else unit.num_kv_heads
-            if isinstance(unit, ValueOutput) and name == unit.value:
-                return unit.num_kv_heads
-    return 1
+    return group.heads.get(name, 1) if method.settings.per_head else 1
 
 
 def _units(group: Group, settings: Any) -> Group:

@@ -21,6 +21,7 @@ from llm_cht.evolve.start import check_start, draw_start
 from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.models import build_model
 from llm_cht.sparse.surgery import SparseModel, sparsify
+from llm_cht.topology.checks import without_effect
 from llm_cht.topology.method import resolve
 from llm_cht.train.config import RunSettings
 from llm_cht.train.engine import Engine
@@ -62,8 +63,10 @@ def build(settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str
     start = None
     with dist.together(patient=True):
         model, sparse = _build_model(settings, engine, say)
-        if sparse is not None:
-            check_start(sparse, method)
+        if sparse is not None and fresh:
+            check_start(sparse, method, on_gpu=engine.device.type == "cuda")
+        for sentence in without_effect(method.settings):
+            say(f"note: {sentence}")
         data = load_text(settings.data, settings.seed)  # late: it can take hours, the mistakes above show at once
         check_vocabulary(data.tokenizer, model.config.vocab_size)
         if sparse is not None and fresh:
@@ -78,6 +81,7 @@ def build(settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str
         updater = TopologyUpdater(sparse, method, shards, settings.seed)
         if start is not None:
             updater.own_std = start.own_std
+            updater.agree("the start")
     parts = Parts(model, shards, updater, data.train, Progress())
     return Built(settings, engine, data, model, forward, optimizer, updater, parts, flops, record)
 

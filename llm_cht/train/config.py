@@ -117,9 +117,14 @@ def resolved(settings: RunSettings) -> RunSettings:
         run=absolute(settings.run),
         model=models.with_absolute_paths(settings.model),
         data=sources.with_absolute_paths(settings.data),
-        method=resolve(settings.method, settings.train.steps).settings,
+        method=_method(settings),
         lr=lr.resolved(settings.lr, settings.train.steps),
     )
+
+
+def _method(settings: RunSettings) -> MethodSettings:
+    method: MethodSettings = resolve(settings.method, settings.train.steps).settings
+    return method if method.initial_path is None else replace(method, initial_path=absolute(method.initial_path))
 
 
 def check(settings: RunSettings) -> None:

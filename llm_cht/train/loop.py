@@ -138,11 +138,11 @@ class Loop:
         updater.learned(step, sound)
         if not updater.due(step):
             return
-        if not sound and updater.method.needs_gradient(step):
-            self.say(f"step {step}: no topology update, because the skipped step has no gradient to choose links by")
-            return
+        blind = not sound and updater.method.needs_gradient(step)
+        if blind:
+            self.say(f"step {step}: no links are removed or regrown, because the skipped step has no gradient for it")
         self.watchdog.enter(step, "topology update")
-        self._record("topology", updater.update(step))
+        self._record("topology", updater.update(step, prune_only=blind))
         self.density = updater.density()
 
     def _is_written(self, step: int) -> bool:
@@ -205,7 +205,7 @@ class Loop:
         if updater is None:
             return flops.of_step(targets, 0, dense_gradient=False)
         method, links = updater.method, round(self.density * flops.positions)
-        dense_gradient = method.needs_gradient(step) or method.needs_momentum(step)
+        dense_gradient = method.regrows_by_gradient(step) or method.needs_momentum(step)
         update = updater.flops(step) if updater.due(step) else 0.0
         return flops.of_step(targets, links, dense_gradient) + update
 

@@ -35,6 +35,8 @@ _MAY_CHANGE = {
     "data.tokenizer",
     "data.cache_dir",
     "method.workspace_mb",
+    "method.initial_path",
+    "method.force",
 }
 _SECTIONS_MAY_CHANGE = ("metrics.", "checkpoint.", "validation.")
 """What a resumed run may change: how it is computed or watched, not what it is. The data's fingerprint is compared, so

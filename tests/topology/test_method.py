@@ -99,8 +99,16 @@ def test_dense_takes_what_it_resolves_to_and_what_only_says_when():
             "step 200 .*beyond the run of 100",
         ),
         ({"preset": "set", "regrowth_from": {0: "gradient"}}, r"`method.regrowth_from` = .*at least 1"),
-        ({"preset": "set", "regrowth_from": {300: "gradient"}}, "step 300 .*beyond the run of 100"),
+        ({"preset": "set", "regrowth_from": {300: "gradient"}}, "the last regrowth is at step 70; lower 300"),
         ({"preset": "set", "initial": "file"}, "`method.initial_path` = None: goes together"),
+        ({"preset": "static", "regrowth_from": {30: "gradient"}}, "nothing is regrown at `method.zeta` = 0"),
+        ({"preset": "mest", "half_window": True}, "`method.half_window` = True: em_s needs the window"),
+        ({"preset": "set", "end_step": 5}, "`method.update_interval` = 10: no topology update falls into the steps up"),
+        ({"preset": "set", "budget": "kept"}, "`method.budget` = kept: keeps the counts of `method.initial: file`"),
+        (
+            {"preset": "set", "sparsity": 0.7, "density": "table", "density_table": {0: 0.5, 20: 0.9}},
+            "`method.sparsity` = 0.7: `method.density_table` ends at 0.9",
+        ),
         ({"preset": "set", "dead_heads": True}, "`method.dead_heads` = True: is a part of percolation"),
         ({"preset": "set", "update_interval": 80}, r"`method.update_interval` = 80: no topology update falls"),
     ],
@@ -124,6 +132,9 @@ def test_gradients_are_asked_for_where_they_are_used():
     assert [step for step in range(1, 101) if rigl.needs_gradient(step)] == [10, 20, 30, 40, 50, 60, 70]
     mest = resolve(MethodSettings("mest", update_interval=10), 100)
     assert [step for step in range(1, 101) if mest.needs_gradient(step)] == [10, 20, 30, 40, 50, 60, 70]
+    late = MethodSettings("snfs", update_interval=10, regrowth_from={30: "random"}, density="cubic", end_step=50)
+    assert not resolve(late, 100).needs_momentum(21)
+    assert resolve(late, 100).needs_momentum(20)
     snfs = resolve(MethodSettings("snfs", update_interval=10), 100)
     assert not any(snfs.needs_gradient(step) for step in range(1, 101))
     assert [step for step in range(1, 101) if snfs.needs_momentum(step)] == list(range(1, 71))

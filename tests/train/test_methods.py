@@ -1,8 +1,11 @@
 """Whole runs of every method through the command line: they end, resume exactly, and say what they cost."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from llm_cht.cli import main
@@ -69,6 +72,38 @@ def test_the_final_topology_of_a_run_is_trained_again_from_the_same_weights(tmp_
     masks, same = read_topology(run / "model").masks, read_topology(again / "model").masks
     assert all(torch.equal(masks[name], same[name]) for name in masks)
     assert not records(again, "topology")
+    other = run_of(tmp_path / "other", "--seed", "7", preset="static", initial="file", initial_path=str(run / "model"))
+    starts = [
+        safetensors.torch.load_file(one / "checkpoints" / "step-00000005" / "model.safetensors")
+        for one in (again, other)
+    ]
+    assert not torch.equal(starts[0]["model.embed_tokens.weight"], starts[1]["model.embed_tokens.weight"])
+    whole = learned(again)
+    shutil.rmtree(run)  # a resumed run needs the file no more
+    checkpoint = again / "checkpoints" / "step-00000010"
+    assert main(["train", str(again / "config.yaml"), "--resume", str(checkpoint)]) == 0
+    assert learned(again) == whole
+
+
+def test_a_topology_of_unequal_layers_keeps_its_counts(tmp_path, capsys):
+    run = run_of(tmp_path / "first", preset="granet", pruning_scope="global")
+    given = {"preset": "set", "initial": "file", "initial_path": str(run / "model")}
+    (tmp_path / "refused").mkdir()
+    config = tiny_config(tmp_path / "refused", method=given)
+    assert main(["train", str(config)]) == 2
+    assert "set `method.budget: kept`" in capsys.readouterr().err
+    again = run_of(tmp_path / "again", budget="kept", **given)
+    masks, kept = read_topology(run / "model").masks, read_topology(again / "model").masks
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {n: int(m.sum()) for n, m in kept.items()}
+    assert any(not torch.equal(masks[name], kept[name]) for name in masks)
+
+
+def test_what_has_no_effect_is_said(tmp_path, capsys):
+    run_of(tmp_path, preset="set", brf_r=0.1, temperature_end=4.0)
+    err = capsys.readouterr().err
+    assert "note: `method.brf_r` = 0.1 has no effect without `method.initial: brf`" in err
+    assert "note: `method.temperature_end` = 4.0 has no effect without `method.removal_choice: soft`" in err
+    assert err.count("note: ") == 2
 
 
 def test_csti_reads_training_sequences_and_leaves_the_data_as_they_were(tmp_path):
@@ -90,8 +125,9 @@ def test_csti_reads_training_sequences_and_leaves_the_data_as_they_were(tmp_path
         assert int(csti[name].sum()) == int(er[name].sum())
         assert not torch.equal(csti[name], er[name])
         assert torch.equal(csti["model.layers.1.self_attn.q_proj"], er["model.layers.1.self_attn.q_proj"])
-        counts = [[record["tokens"] for record in records(run, "train")] for run in runs.values()]
-        assert counts[0] == counts[1]
+        states = [(run / "checkpoints" / "step-00000003" / "state.json").read_text() for run in runs.values()]
+        positions = [json.loads(state)["data"] for state in states]
+        assert positions[0] == positions[1]
 
 
 def test_link_age_and_a_mix_that_nobody_ran(tmp_path):
