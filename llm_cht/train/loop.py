@@ -180,9 +180,16 @@ class Loop:
         progress.step = step
         progress.tokens += targets
         progress.density_sum += self.density
-        progress.flops += self._flops(step, targets)
+        flops = self._flops(step, targets)
+        progress.flops += flops
         self.meter.add(targets)
-        return {"loss": loss, "lr": settings.optimizer.lr * factor * rewarm, "rewarm": rewarm, "grad_norm": norm}
+        return {
+            "loss": loss,
+            "lr": settings.optimizer.lr * factor * rewarm,
+            "rewarm": rewarm,
+            "grad_norm": norm,
+            "flops_per_token": flops / max(1, targets),
+        }
 
     def _batch(self) -> tuple[dict[str, Tensor], int]:
         """This rank's rows of the next global batch, and the number of targets that all ranks have of it."""
@@ -323,6 +330,7 @@ class Loop:
             "average_density": progress.density_sum / progress.step,
             "tokens": progress.tokens,
             "flops": progress.flops,
+            "flops_per_token": progress.flops / progress.tokens,
             "flops_relative": progress.flops / (built.flops.dense_per_token * progress.tokens),
             **(built.updater.memory() if built.updater else {}),
             "skipped": progress.skipped,

@@ -51,6 +51,9 @@ def test_flops_count_what_each_method_pays(tmp_path):
     dense = 6 * (positions + others) + 12 * 2 * 16 * 32
     tokens = static["tokens"]
     links = round(0.2 * 256) * 4 * 2 + round(0.2 * 512) * 3 * 2
+    of_steps = [record["flops_per_token"] for record in records(tmp_path / "rigl" / "run", "train")]
+    assert of_steps[0] == dense - 6 * positions + 6 * links
+    assert of_steps[2] == pytest.approx(of_steps[0] + 2 * (positions - links) + 100 * positions / 124)
     assert static["flops"] == tokens * (dense - 6 * positions + 6 * links)
     assert static["flops_relative"] == static["flops"] / (dense * tokens)
     # five updates, after steps 3, 6, 9, 12 and 15, choose among all positions
