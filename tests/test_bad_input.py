@@ -57,7 +57,7 @@ SETTINGS = {
     "key of another section": ("--train.lr 1", "`train.lr`", "did you mean `optimizer.lr`"),
     "wrong type": ("--train.steps many", "train.steps", "a int", "many"),
     "wrong type of an optional": ("--train.micro_batch_size some", "train.micro_batch_size", "int, null", "some"),
-    "no such choice": ("--method.preset sett", "method.preset", "'set'", "sett"),
+    "no such choice": ("--method.preset sett", "method.preset", "did you mean `set`", "sett"),
     "no value": ("--train.steps", "--train.steps", "expected one argument"),
     "config after a setting": ("--seed 3 more.yaml", "more.yaml", "config files come before settings"),
     "negative seed": ("--seed -1", "`seed` = -1", "between 0 and"),

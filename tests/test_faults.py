@@ -227,7 +227,7 @@ def test_no_permission(open_folder, start):
         assert digest(open_folder) == before
 
     refused("train", config, "--run", open_folder / "new", parts=(f"cannot write {open_folder / 'new'}", "`--run`"))
-    refused("train", config, "--resume", "auto", parts=(f"cannot write {run / 'config.yaml'}", "folder writable"))
+    refused("train", config, "--resume", "auto", parts=(f"cannot write {run}: ", "folder writable"))
     refused("report", run, parts=(f"cannot write {run / 'report.html'}", "make the folder writable"))
     parts = (f"the data cache {open_folder / 'cache'} cannot be written", "`data.cache_dir`")
     refused("prepare", config, "--data.sequence_length", "16", parts=parts)

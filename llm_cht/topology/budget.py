@@ -52,8 +52,8 @@ def budget_links(shapes: Mapping[str, tuple[int, int]], density: float, budget: 
     for name, count in links.items():
         if count < 1:
             raise UserError(
-                f"`method.sparsity`: a density of {density:g} leaves no link in `{name}` {shapes[name]} under "
-                f"`method.budget` = {budget}; lower the sparsity"
+                f"`method.sparsity` = {1 - density:g} leaves no link in `{name}` {shapes[name]} under "
+                f"`method.budget` = {budget}; lower it"
             )
     return links
 

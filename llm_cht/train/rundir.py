@@ -115,7 +115,7 @@ def locked(folder: Path, taken: str, kept: str) -> Iterator[None]:
     """
     file = folder / ".lock"
     lock = FileLock(file, timeout=0)
-    with disk_errors(file, 0, kept):
+    with disk_errors(folder, 0, kept):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()

@@ -194,5 +194,5 @@ def test_a_density_that_leaves_no_link_names_the_layer():
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
     sparse = sparsify(model, SparseSettings())
     method = resolve(MethodSettings(sparsity=0.9999, update_interval=5), 100)
-    with pytest.raises(UserError, match=r"`method.sparsity`: a density of 0.0001 leaves no link in `.*q_proj`"):
+    with pytest.raises(UserError, match=r"`method.sparsity` = 0.9999 leaves no link in `.*q_proj`"):
         draw_start(sparse, method, 0)

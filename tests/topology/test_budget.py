@@ -102,9 +102,9 @@ def test_no_layer_gains_links_when_the_density_falls(sizes: list, densities: lis
 
 def test_a_layer_without_a_link_is_refused():
     with pytest.raises(
-        UserError, match=r"density of 0.01 leaves no link in `b` \(2, 3\) under `method.budget` = uniform"
+        UserError, match=r"`method.sparsity` = 0.99 leaves no link in `b` \(2, 3\) under `method.budget` = uniform"
     ):
         budget_links({"a": (20, 30), "b": (2, 3)}, 0.01, "uniform")
     assert budget_links({"a": (20, 30), "b": (2, 3)}, 0.01, "er") == {"a": 5, "b": 1}
-    with pytest.raises(UserError, match=r"leaves no link in `b`.*lower the sparsity"):
+    with pytest.raises(UserError, match=r"leaves no link in `b`.*lower it"):
         budget_links({"a": (200, 300), "b": (2, 3)}, 0.0002, "er")
