@@ -10,9 +10,12 @@ import yaml
 
 from llm_cht.config import parse
 from llm_cht.models import configs_folder
+from llm_cht.sweep.settings import load_sweep, plan
 from llm_cht.train.config import RunSettings, check
 
-RECIPES = [path for path in sorted(configs_folder().rglob("*.yaml")) if path.parent.name != "models"]
+SHIPPED = sorted(configs_folder().rglob("*.yaml"))
+RECIPES = [path for path in SHIPPED if path.parent.name not in ("models", "sweeps")]
+SWEEPS = [path for path in SHIPPED if path.parent.name == "sweeps"]
 
 
 def same_as_default(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -30,3 +33,11 @@ def test_recipe_is_taken_and_short(path: Path):
     if settings.model.config.startswith("llama_"):
         assert (configs_folder() / "models" / f"{settings.model.config}.yaml").is_file()
     assert not list(same_as_default(yaml.safe_load(path.read_text()), dataclasses.asdict(RunSettings())))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
+def test_every_run_of_a_sweep_is_taken(path: Path, monkeypatch):
+    monkeypatch.chdir(configs_folder().parent)  # the files name each other from the root of the repository
+    runs = plan(load_sweep(str(path)), [])[1]
+    assert len(runs) > 1
+    assert len({run.name for run in runs}) == len(runs)
