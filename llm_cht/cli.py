@@ -30,7 +30,7 @@ usage: llm-cht COMMAND ...
   llm-cht report RUN                                      write RUN/report.html
   llm-cht sweep SWEEP.yaml [--section.key value ...]      make a grid of runs and compare them
   llm-cht export RUN FOLDER [--dtype bfloat16]            write the model of a run's (or one) checkpoint to a folder
-  llm-cht methods [PRESET]                                what can be trained: all methods, or every setting of one
+  llm-cht methods [PRESET]                                what can be trained: all methods, or what one preset decides
 
 `llm-cht --version` prints the version.
 A run is stopped by CTRL-C and goes on by `llm-cht train RUN/config.yaml --resume auto`."""
@@ -217,7 +217,10 @@ def _methods(arguments: Sequence[str]) -> None:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         for row in rows:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        print("\n`llm-cht methods PRESET` lists its settings; any of them can be changed: --method.zeta 0.3")
+        print(
+            "\n`llm-cht methods PRESET` lists what it decides, `llm-cht train --help` every setting; any can be "
+            "changed: --method.zeta 0.3"
+        )
         return
     if arguments[0] in ("--help", "-h") or len(arguments) > 1:
         raise UserError("usage: llm-cht methods [PRESET]")

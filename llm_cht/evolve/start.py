@@ -38,6 +38,8 @@ Calibrate = Callable[[nn.Module], None]
 class Start:
     """What the start of a run leaves behind besides masks and weights."""
 
+    correlated: tuple[str, ...]
+    """layers that CSTI has linked; the others started as er"""
     unlinked: dict[str, int]
     """neurons without a link: ``outputs`` and ``inputs``"""
     own_std: dict[str, float]
@@ -109,7 +111,7 @@ def draw_start(sparse: SparseModel, method: Method, seed: int, calibrate: Calibr
         outputs, inputs = unlinked(masks[name])
         lonely["outputs"] += outputs
         lonely["inputs"] += inputs
-    return Start(lonely, deviations)
+    return Start(tuple(name for name in given if settings.initial == "csti"), lonely, deviations)
 
 
 def _check_time(shapes: Mapping[str, tuple[int, int]], method: Method, on_gpu: bool) -> None:

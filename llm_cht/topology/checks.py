@@ -67,7 +67,7 @@ def check_ranges(settings: Any, total_steps: int) -> None:
         check_name("regrowth_from", rule, link.PREDICTORS)
     for key in ("sparsity", "start_sparsity", "zeta", "regrowth_delta", "momentum_beta"):
         if not 0 <= getattr(settings, key) < 1:
-            refuse(settings, key, "must be a fraction in [0, 1)")
+            refuse(settings, key, "must be a fraction in [0, 1), as 0.9 for 90 %")
     for key in ("brf_r", "bsw_beta", "removal_alpha", "early_stop"):
         if not 0 <= getattr(settings, key) <= 1:
             refuse(settings, key, "must lie in [0, 1]")
@@ -158,7 +158,7 @@ def _of_rules(s: Any) -> tuple[tuple[bool, str, str], ...]:
         (
             (s.initial == "file") != (s.initial_path is not None),
             "initial_path",
-            "goes together with `method.initial: file`; give both or none",
+            "goes together with `method.initial: file`; give both (the path is RUN/model) or none",
         ),
         (
             s.budget == "kept" and not (s.initial == "file" and s.density == "constant"),

@@ -77,7 +77,8 @@ def csti(shape: tuple[int, int], num_links: int, keys: Keys, correlation_II: Ten
     if num_outputs % num_inputs:
         raise UserError(
             f"`method.initial` = csti: `{keys.layer}` has {num_outputs} outputs, which is no multiple of its "
-            f"{num_inputs} inputs; choose such a width, or another `method.initial`"
+            f"{num_inputs} inputs (keys and values of few heads are narrower); leave the layer out with "
+            "`sparse.exclude`, choose such a width, or another `method.initial`"
         )
     assert correlation_II.shape == (num_inputs, num_inputs), (correlation_II.shape, shape)
     strength_II = correlation_II.detach().abs().fill_diagonal_(0)

@@ -233,7 +233,9 @@ class StepTable:
                 )
         for (_, before), (step, after) in itertools.pairwise(self.steps):
             if after > before:
-                raise UserError(f"{key}: sparsity falls to {1 - after:g} at step {step}, but density only decays")
+                raise UserError(
+                    f"{key}: holds sparsities, which only rise: that of step {step} falls to {1 - after:g}; correct it"
+                )
 
     @property
     def start(self) -> float:

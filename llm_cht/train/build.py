@@ -71,6 +71,8 @@ def build(settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str
         check_vocabulary(data.tokenizer, model.config.vocab_size)
         if sparse is not None and fresh:
             start = draw_start(sparse, method, settings.seed, partial(_calibrate, settings, engine, data))
+    if start is not None and start.correlated:
+        say(f"csti: {len(start.correlated)} layers ({', '.join(start.correlated)}); the others start as er")
     optimizer = build_optimizer(model, settings.optimizer)
     positions = sum(layer.mask.numel() for layer in sparse.layers.values()) if sparse else 0
     flops = Flops(training_flops_per_token(model, settings.data.sequence_length), positions)

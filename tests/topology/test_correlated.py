@@ -98,7 +98,7 @@ def test_constant_features_are_left_out_whatever_their_value():
 
 
 def test_what_has_no_correlations_is_refused():
-    with pytest.raises(UserError, match="csti: `layer` has 6 outputs, which is no multiple of its 4 inputs; choose"):
+    with pytest.raises(UserError, match="csti: `layer` has 6 outputs, which is no multiple of its 4 inputs"):
         csti((6, 4), 3, keys(), BY_HAND)
     with pytest.raises(UserError, match="inputs of `layer` are not finite, or no two of its features vary; give more"):
         csti((4, 4), 3, keys(), correlation(torch.ones(5, 4)))

@@ -92,7 +92,7 @@ def test_dense_takes_what_it_resolves_to_and_what_only_says_when():
         ({"preset": "gmp", "density": "table"}, r"`method.density_table` = \{\}: goes together"),
         ({"preset": "gmp", "density": "table", "density_table": {5: 0.5}}, "has no sparsity for step 0"),
         ({"preset": "gmp", "density": "table", "density_table": {0: 0.5, 15: 0.9}}, "step 15 is no multiple of"),
-        ({"preset": "gmp", "density": "table", "density_table": {0: 0.5, 20: 0.4}}, "sparsity falls to 0.4 at step 20"),
+        ({"preset": "gmp", "density": "table", "density_table": {0: 0.5, 20: 0.4}}, "that of step 20 falls to 0.4"),
         ({"preset": "gmp", "density": "table", "density_table": {0: 0.5, 20: 1.0}}, "sparsity 1 at step 20"),
         (
             {"preset": "gmp", "density": "table", "density_table": {0: 0.5, 200: 0.9}},

@@ -10,7 +10,7 @@ import torch
 
 from llm_cht.cli import main
 from llm_cht.sparse.folder import read_topology, verify_folder
-from llm_cht.topology import link, presets
+from llm_cht.topology import checks, link, method, presets, update
 from llm_cht.topology.presets import PRESETS
 from tests.helpers import learned, records, tiny_config
 
@@ -142,16 +142,20 @@ def test_link_age_and_a_mix_that_nobody_ran(tmp_path):
 
 
 def test_a_rule_of_ones_own_is_a_function_and_a_row(tmp_path, monkeypatch):
-    """The README's section on adding a rule, followed."""
-
-    def corner(mask_OI, gradient_OI, workspace_mb):
-        """Missing links near the first output and input."""
-        rows, columns = (torch.arange(1, size + 1, device=mask_OI.device) for size in mask_OI.shape)
-        return (1 / (rows[:, None] * columns)).masked_fill(mask_OI, 0)
-
-    monkeypatch.setitem(link.PREDICTORS, "corner", corner)
-    monkeypatch.setitem(presets.PRESETS, "mine", PRESETS["set"] | {"regrowth": "corner"})
-    monkeypatch.setitem(presets.SOURCES, "mine", "a test")
+    """The README's section on adding a rule, its lines run where they are to stand."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    lines = readme.partition("## Add a rule")[2].partition("```python")[2].partition("```")[0]
+    rule, _, preset = lines.partition("PRESETS[")
+    monkeypatch.setattr(link, "PREDICTORS", dict(link.PREDICTORS))
+    for table in ("PRESETS", "SOURCES"):
+        monkeypatch.setattr(presets, table, dict(getattr(presets, table)))
+    for module in (update, checks, method):
+        for name, value in (("PREDICTORS", link.PREDICTORS), ("PRESETS", presets.PRESETS)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    exec(rule, vars(link) | {"__name__": "llm_cht.topology.link"})
+    exec(f"PRESETS[{preset}", vars(presets))
+    presets.SOURCES["mine"] = "a test"
     run = run_of(tmp_path, preset="mine", zeta=0.5)
     for mask in read_topology(run / "model").masks.values():
         assert mask[:4, :4].float().mean() > 2 * mask[-4:, -4:].float().mean()
