@@ -7,7 +7,6 @@ The commands import what they need when they are called, so that ``--help`` does
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 import llm_cht
-from llm_cht.errors import UserError
+from llm_cht.errors import UserError, nearest
 
 _PATIENCE_S = 2.0
 
@@ -226,9 +225,7 @@ def _methods(arguments: Sequence[str]) -> None:
         raise UserError("usage: llm-cht methods [PRESET]")
     name = arguments[0]
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(PRESETS)}"
-        raise UserError(f"unknown method `{name}`; {hint}")
+        raise UserError(f"unknown method `{name}`; {nearest(name, PRESETS)}")
     print(yaml.safe_dump({"method": {"preset": name, **PRESETS[name]}}, sort_keys=False), end="")
 
 

@@ -25,9 +25,9 @@ from typing import Any
 from tqdm import tqdm
 
 from llm_cht import config
-from llm_cht.errors import UserError
+from llm_cht.errors import UserError, nearest
 from llm_cht.files import disk_errors, write_whole
-from llm_cht.sweep.settings import Run, Sweep, nearest
+from llm_cht.sweep.settings import Run, Sweep
 from llm_cht.train.metrics import FILE_NAME, read_metrics
 from llm_cht.train.rundir import CONFIG_NAME, changed, locked, write_config
 

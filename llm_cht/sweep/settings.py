@@ -8,17 +8,16 @@ Rejected: the typed parser of ``config``, which takes the dots in the names of o
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llm_cht import config
-from llm_cht.errors import UserError
+from llm_cht.errors import UserError, nearest
 from llm_cht.files import absolute
 from llm_cht.train.config import RunSettings, check, resolved
 
@@ -87,13 +86,6 @@ class Run:
 def text(value: Any) -> str:
     """A value of a setting as a table shows it, and by which two are the same."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of a message that refuses a name: the nearest known one, or all."""
-    names = list(known)
-    near = difflib.get_close_matches(word, names, n=1)
-    return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(f'`{name}`' for name in names)}"
 
 
 def load_sweep(file: str) -> Sweep:

@@ -4,7 +4,6 @@ merely without effect, which is said and not refused, because a config may serve
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import fields
@@ -14,7 +13,7 @@ from llm_cht.errors import UserError
 from llm_cht.topology import link, score
 from llm_cht.topology.initial import STARTS
 from llm_cht.topology.presets import PRESETS
-from llm_cht.topology.schedule import SHAPES
+from llm_cht.topology.schedule import SHAPES, check_name
 from llm_cht.topology.settings import MethodSettings
 from llm_cht.topology.weights import WEIGHTS
 
@@ -41,14 +40,6 @@ def check_dense(full: Any) -> None:
 def refuse(settings: Any, key: str, rule: str) -> NoReturn:
     """Raise ``UserError`` on one setting."""
     raise UserError(f"`method.{key}` = {getattr(settings, key)}: {rule}")
-
-
-def check_name(key: str, name: str, known: Iterable[str]) -> None:
-    """Refuse a name that is not among ``known``, with the nearest that is."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
-        raise UserError(f"`method.{key}` = {name}: unknown; {hint}")
 
 
 def check_ranges(settings: Any, total_steps: int) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 from llm_cht.errors import UserError
 from llm_cht.topology import link, score
 from llm_cht.topology.budget import budget_links
-from llm_cht.topology.checks import check_dense, check_name, check_ranges, check_together, refuse
+from llm_cht.topology.checks import check_dense, check_ranges, check_together, refuse
 from llm_cht.topology.presets import PRESETS
-from llm_cht.topology.schedule import Anneal, AnyDensity, Density, Stages, StepTable, Temperature, Updates
+from llm_cht.topology.schedule import Anneal, AnyDensity, Density, Stages, StepTable, Temperature, Updates, check_name
 from llm_cht.topology.schedule import density_window as _window
 from llm_cht.topology.settings import MethodSettings
 

@@ -2,17 +2,18 @@
 
 Frozen dataclasses, optimizer step in, value out: there is no state to checkpoint and none to differ between ranks.
 Steps count from 1; an update at step t follows the t-th optimizer step, and step 0 is the start of the run. A new shape
-of the density is a row of ``SHAPES``; one that is no curve is a class with the same five names.
+of the density is a row of ``SHAPES``; one that is no curve is a class with the names of ``Density``: ``final``,
+``last_step``, ``kept_by_removal`` and a call.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from llm_cht.errors import UserError
+from llm_cht.errors import UserError, nearest
 
 CURVATURE = 6.0
 """k of the sigmoid: its logistic function runs over [-k, k]"""
@@ -62,7 +63,7 @@ class Anneal:
         if not 0 <= self.start < 1:
             raise UserError(f"`method.zeta` = {self.start}: must be a fraction in [0, 1)")
         _check_end("end_step", self.end_step)
-        _check_name("zeta_schedule", self.shape, ("constant", "cosine"))
+        check_name("zeta_schedule", self.shape, ("constant", "cosine"))
 
     def __call__(self, step: int) -> float:
         """Zeta of the update at ``step``."""
@@ -89,7 +90,7 @@ class Temperature:
             if not 0 <= value < math.inf:
                 raise UserError(f"`method.{key}` = {value}: must be finite and not negative; 0 removes at random")
         _check_end("end_step", self.end_step)
-        _check_name("interpolate", self.interpolate, ("temperature", "delta"))
+        check_name("interpolate", self.interpolate, ("temperature", "delta"))
 
     def __call__(self, step: int) -> float:
         """T of the update at ``step``."""
@@ -130,7 +131,7 @@ class Density:
     """multiple of the update interval, or the last update would stop short of ``final``"""
 
     def __post_init__(self) -> None:
-        _check_name("density", self.kind, tuple(SHAPES))
+        check_name("density", self.kind, tuple(SHAPES))
         for key, density in (("start_sparsity", self.start), ("sparsity", self.final)):
             if not 0 < density <= 1:
                 raise UserError(f"`method.{key}` = {1 - density:g}: must be a fraction in [0, 1)")
@@ -188,11 +189,6 @@ class Stages:
             )
 
     @property
-    def start(self) -> float:
-        """Density of the first topology."""
-        return self(0)
-
-    @property
     def last_step(self) -> int:
         """As ``Density.last_step``."""
         return self.end_step
@@ -236,11 +232,6 @@ class StepTable:
                 raise UserError(
                     f"{key}: holds sparsities, which only rise: that of step {step} falls to {1 - after:g}; correct it"
                 )
-
-    @property
-    def start(self) -> float:
-        """Density of the first topology."""
-        return self.steps[0][1]
 
     @property
     def final(self) -> float:
@@ -292,6 +283,7 @@ def _check_end(key: str, step: int) -> None:
         raise UserError(f"`method.{key}` = {step}: must not be negative; 0 means no updates")
 
 
-def _check_name(key: str, name: str, known: tuple[str, ...]) -> None:
+def check_name(key: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name that is not among ``known``."""
     if name not in known:
-        raise UserError(f"`method.{key}` = {name}: must be one of {', '.join(known)}")
+        raise UserError(f"`method.{key}` = {name}: unknown; {nearest(name, known)}")

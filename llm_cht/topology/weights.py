@@ -22,9 +22,6 @@ from torch import Tensor
 
 from llm_cht.topology.keys import Keys
 
-GAINS = {"relu": math.sqrt(2), "linear": 1.0}
-"""by the activation whose outputs the layer reads"""
-
 _BLOCK = 1 << 20
 """positions drawn at a time"""
 
@@ -69,7 +66,7 @@ def first_weight(rule: str, weight_OI: Tensor, mask_OI: Tensor, density: float, 
         weight_OI: the model's own weight (out, in), dense.
         mask_OI: the first links, bool (out, in), on the same device.
         density: of this layer, in (0, 1].
-        gain: of swi and kaiming; see ``GAINS``.
+        gain: of swi and kaiming; sqrt(2) where ReLU comes before, else 1.
         keys: random numbers of the layer.
     """
     if rule in ("keep", "scaled"):

@@ -7,7 +7,7 @@ import torch
 
 from llm_cht.topology.initial import Given, InitialOptions, er
 from llm_cht.topology.keys import Keys
-from llm_cht.topology.weights import GAINS, WEIGHTS, Scale, draw, first_weight, own_std
+from llm_cht.topology.weights import WEIGHTS, Scale, draw, first_weight, own_std
 
 SHAPE, DENSITY = (400, 600), 0.05
 
@@ -33,12 +33,12 @@ def test_weights_of_links_have_the_spread_of_the_rule(rule: str, std: float):
     mask_OI = links(SHAPE, DENSITY)
     own_OI = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * 0.02
     before = own_OI.clone()
-    weight_OI = first_weight(rule, own_OI, mask_OI, DENSITY, GAINS["relu"], keys())
+    weight_OI = first_weight(rule, own_OI, mask_OI, DENSITY, math.sqrt(2), keys())
     assert torch.equal(own_OI, before)
     assert (weight_OI.shape, weight_OI.dtype) == (SHAPE, torch.float32)
     assert torch.equal(weight_OI != 0, mask_OI)
     assert weight_OI[mask_OI].std().item() == pytest.approx(std, rel=0.03)
-    assert WEIGHTS[rule](Scale(600, DENSITY, GAINS["relu"], own_std(own_OI))) == pytest.approx(std, rel=0.01)
+    assert WEIGHTS[rule](Scale(600, DENSITY, math.sqrt(2), own_std(own_OI))) == pytest.approx(std, rel=0.01)
 
 
 def test_keep_and_scaled_by_hand():
@@ -80,7 +80,7 @@ def second_moments(rule: str, seed: int, width: int = 1000, depth: int = 10) -> 
     for layer in range(depth):
         name = f"{seed}.{layer}"
         mask_OI = links((width, width), 0.01, name)
-        x = (x @ first_weight(rule, torch.zeros(width, width), mask_OI, 0.01, GAINS["relu"], keys(name)).T).relu()
+        x = (x @ first_weight(rule, torch.zeros(width, width), mask_OI, 0.01, math.sqrt(2), keys(name)).T).relu()
         ratios.append(x.square().mean().item() / first)
     return ratios
 
