@@ -12,12 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tqdm import tqdm
 
 import llm_cht
 from llm_cht.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from llm_cht.train.loop import Outcome
 
 _PATIENCE_S = 2.0
 
@@ -25,7 +28,7 @@ _HELP = """\
 usage: llm-cht COMMAND ...
 
   llm-cht train CONFIG.yaml [--section.key value ...]     train a model (`llm-cht train --help` lists the settings)
-  llm-cht prepare CONFIG.yaml [--section.key value ...]   build tokenizer and token cache, and say what is in them
+  llm-cht prepare CONFIG.yaml [--section.key value ...]   build vocabulary and token cache, and say what is in them
   llm-cht report RUN                                      write RUN/report.html
   llm-cht sweep SWEEP.yaml [--section.key value ...]      make a grid of runs and compare them
   llm-cht export RUN FOLDER [--dtype bfloat16]            write the model of a run's (or one) checkpoint to a folder
@@ -102,27 +105,48 @@ def _train(arguments: Sequence[str]) -> None:
     outcome = train(settings, say=_say)
     if outcome.stopped_by or os.environ.get("RANK", "0") != "0":
         return
-    end, run = outcome.summary, outcome.run
-    report = write_report(run)
-    print(
-        f"\nvalidation perplexity  {end['perplexity']:.2f}"
-        f"   (a unigram model of the same tokens: {end['unigram_perplexity']:.1f})\n"
-        f"density                {end['density']:.3f} at the end, {end['average_density']:.3f} on average\n"
-        f"FLOPs                  {end['flops']:.2e}, {end['flops_relative']:.3f} of the dense model's on these tokens\n"
-        f"time                   {end['seconds']:.0f} s for {end['tokens']:,} tokens\n"
-        f"model                  {run / 'model'}\n"
-        f"report                 {report}\n"
-        f"resume                 {outcome.resume}"
-    )
+    print(f"\n{_ending(outcome)}\nreport                 {write_report(outcome.run)}\nresume                 {outcome.resume}")
+
+
+def _ending(outcome: Outcome) -> str:
+    """What a run has reached, for a person."""
+    end = outcome.summary
+    lines = []
+    for name, where in (("", "validation"), ("test_", "test")):
+        if f"{name}bleu" in end:
+            lines.append(
+                f"{f'BLEU, {where}':<22} {end[f'{name}bleu']:.2f}   (lower-cased {end[f'{name}bleu_lowercased']:.2f}; "
+                f"copying the source: {end[f'{name}copy_bleu']:.2f})"
+            )
+    if "bleu_signature" in end:
+        lines.append(f"sacreBLEU              {end['bleu_signature']}")
+    unigram = f"   (a unigram model: {end['unigram_perplexity']:.1f})" if "unigram_perplexity" in end else ""
+    steps = ", ".join(map(str, end["model_of_steps"]))
+    lines += [
+        f"validation perplexity  {end['perplexity']:.2f}{unigram}",
+        f"density                {end['density']:.3f} at the end, {end['average_density']:.3f} on average",
+        f"FLOPs                  {end['flops']:.2e}, {end['flops_relative']:.3f} of the dense model's on these tokens",
+        f"time                   {end['seconds']:.0f} s for {end['tokens']:,} tokens",
+        f"model                  {outcome.run / 'model'}, of step {steps}",
+    ]
+    return "\n".join(lines)
 
 
 def _prepare(arguments: Sequence[str]) -> None:
     from llm_cht.config import parse
-    from llm_cht.data.text import describe, load_text
     from llm_cht.train.config import RunSettings
 
     settings = parse(RunSettings, "llm-cht prepare", arguments)
-    print(describe(load_text(settings.data, settings.seed)))
+    if settings.task == "translation":
+        from llm_cht.data.pairs import describe
+        from llm_cht.train.build import prepare_pairs
+
+        print(describe(prepare_pairs(settings)))
+    else:
+        from llm_cht.data.text import describe as describe_text
+        from llm_cht.data.text import load_text
+
+        print(describe_text(load_text(settings.data, settings.seed)))
 
 
 def _report(arguments: Sequence[str]) -> None:

@@ -105,3 +105,56 @@ def told(code: int, err: str, *parts: str) -> None:
     assert "Traceback" not in err, err
     for part in parts:
         assert part in lines[-1], (part, lines[-1])
+
+
+PAIR_MODEL = {
+    "d_model": 16,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def write_pairs(folder: Path, num_pairs: int = 400) -> Path:
+    """Aligned files PREFIX.en and PREFIX.de of made-up sentences: each word has a translation, the order is turned."""
+    words = WORDS.split()
+    draw = random.Random(0)
+    sources = [draw.choices(words, k=draw.randint(3, 12)) for _ in range(num_pairs)]
+    for name, start, stop in (("train", 0, num_pairs - 40), ("valid", -40, -20), ("test", -20, None)):
+        lines = sources[start:stop]
+        (folder / f"{name}.en").write_text("".join(" ".join(line) + ".\n" for line in lines))
+        turned = (" ".join(word[::-1] for word in reversed(line)) for line in lines)
+        (folder / f"{name}.de").write_text("".join(f"{line}.\n" for line in turned))
+    return folder / "train"
+
+
+def tiny_translation(folder: Path, **sections: Any) -> Path:
+    """As ``tiny_config``, of a translation model."""
+    prefix = str(write_pairs(folder)).removesuffix("train")
+    config: dict[str, Any] = {
+        "run": str(folder / "run"),
+        "task": "translation",
+        "model": {"config": "marian_2m", "overrides": dict(PAIR_MODEL)},
+        "pairs": {
+            "train": f"{prefix}train",
+            "validation": f"{prefix}valid",
+            "test": f"{prefix}test",
+            "vocab_size": 120,
+        },
+        "method": {"preset": "chts", "sparsity": 0.7, "update_interval": 3},
+        "optimizer": {"lr": 0.5, "beta2": 0.998},
+        "lr": {"schedule": "inoam", "warmup_steps": 4, "rewarm_steps": 2},
+        "train": {"steps": 20, "batch_tokens": 300, "precision": "fp32", "device": "cpu", "label_smoothing": 0.1},
+        "validation": {"every": 10, "bleu_pairs": 8},
+        "checkpoint": {"every": 5},
+        "metrics": {"every": 1},
+    }
+    for name, value in sections.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path

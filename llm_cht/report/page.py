@@ -144,10 +144,11 @@ def _links(run: Path, folder: Path, stem: str) -> Topology:
 def headlines(run: RunRecords) -> list[Headline]:
     """The figures at the top of the page; "not yet" where the run has none so far."""
     last = run.train[-1]
-    figures = [
-        Headline("Validation perplexity", _perplexity(run), "all validation text" if run.end else "the latest"),
-        Headline("Unigram perplexity", _number(_unigram(run)), "knows token counts only"),
-    ]
+    figures = [Headline("Validation perplexity", _perplexity(run), "all of it" if run.end else "the latest")]
+    if _translates(run):
+        figures = _bleu_headlines(run) + figures
+    else:
+        figures.append(Headline("Unigram perplexity", _number(_unigram(run)), "knows token counts only"))
     if run.first_links is not None:
         figures += _sparse_headlines(run)
     else:
@@ -177,7 +178,22 @@ def _perplexity(run: RunRecords) -> str:
 
 
 def _unigram(run: RunRecords) -> float | None:
-    return None if run.end is None else run.end["summary"]["unigram_perplexity"]
+    return None if run.end is None else run.end["summary"].get("unigram_perplexity")
+
+
+def _translates(run: RunRecords) -> bool:
+    return any("bleu" in record for record in run.validation)
+
+
+def _bleu_headlines(run: RunRecords) -> list[Headline]:
+    if run.end is None:
+        return [Headline("BLEU", _number(run.validation[-1]["bleu"]), "validation, the latest")]
+    end = run.end["summary"]
+    return [
+        Headline(f"BLEU, {where}", f"{end[f'{name}bleu']:.2f}", f"copying the source: {end[f'{name}copy_bleu']:.2f}")
+        for name, where in (("", "validation"), ("test_", "test"))
+        if f"{name}bleu" in end
+    ]
 
 
 def _sparse_headlines(run: RunRecords) -> list[Headline]:
@@ -218,9 +234,11 @@ def sections(run: RunRecords) -> list[Section]:
 def _learning(run: RunRecords) -> Section:
     unigram = _unigram(run)
     caption = (
-        "Left: mean loss of the training batches and its moving mean. Right: perplexity of held-out text, lower is "
+        "Left: mean loss of the training batches and its moving mean. Next: perplexity of held-out text, lower is "
         "better; equal distances are equal ratios."
     )
+    if _translates(run):
+        caption += " Right: BLEU of the validation sentences by beam search, higher is better."
     if unigram is not None:
         caption += " The red line is a model that knows nothing but how frequent each token is."
     if run.topology:

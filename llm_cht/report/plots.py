@@ -145,9 +145,10 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 @drawn
 def learning(train: Records, validation: Records, topology: Records, unigram: float | None) -> Figure:
-    """Training loss, and validation perplexity on a logarithmic axis beside that of a unigram model."""
-    figure, axes = panels(1, 2, 3.1)
-    left, right = axes[0]
+    """Training loss; validation perplexity on a logarithmic axis beside that of a unigram model; BLEU where it is."""
+    translated = any("bleu" in record for record in validation)
+    figure, axes = panels(1, 3 if translated else 2, 3.1)
+    left, right = axes[0, :2]
     steps, loss = column(train, "step"), column(train, "loss")
     smooth = _smooth(loss, max(5, len(loss) // 40))
     left.plot(steps, loss, color=PALE, linewidth=0.9, label="each record")
@@ -174,8 +175,14 @@ def learning(train: Records, validation: Records, topology: Records, unigram: fl
     right.yaxis.set_minor_locator(NullLocator())
     right.yaxis.set_minor_formatter(NullFormatter())
     _steps(right, "Validation perplexity", "perplexity (log scale)")
-    right.set_xlim(left.get_xlim())
-    for ax in (left, right):
+    if translated:
+        last = axes[0, 2]
+        scores = column(validation, "bleu")
+        last.plot(column(validation, "step"), scores, color=BLUE, marker="o", markersize=3.5)
+        last.set_ylim(0, max(1.0, 1.15 * np.nanmax(scores)))
+        _steps(last, "BLEU of validation sentences", "BLEU")
+    for ax in axes[0]:
+        ax.set_xlim(left.get_xlim())
         _mark_end(ax, topology)
     return figure
 

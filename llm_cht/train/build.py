@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from llm_cht import dist
-from llm_cht.data.text import TextData, check_vocabulary, load_text
+from llm_cht.data.pairs import PairData, load_pairs
+from llm_cht.data.text import check_vocabulary, load_text
 from llm_cht.errors import UserError
 from llm_cht.evolve.start import check_start, draw_start
 from llm_cht.evolve.updater import TopologyUpdater
@@ -26,9 +26,12 @@ from llm_cht.topology.method import resolve
 from llm_cht.train.config import RunSettings
 from llm_cht.train.engine import Engine
 from llm_cht.train.environment import versions
-from llm_cht.train.flops import Flops, training_flops_per_token
+from llm_cht.train.flops import Flops, pair_flops, training_flops_per_token
+from llm_cht.train.language_modelling import LanguageModelling, check_length
 from llm_cht.train.optim import build_optimizer
 from llm_cht.train.state import Parts, Progress
+from llm_cht.train.task import Task
+from llm_cht.train.translation import Translation, check_positions, checkpoint_tokenizer, vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Built:
 
     settings: RunSettings
     engine: Engine
-    data: TextData
+    task: Task
     model: Any
     """the transformers model with its sparse layers; under ZeRO 3 its weights are elsewhere"""
     forward: Any
@@ -47,7 +50,8 @@ class Built:
     updater: TopologyUpdater | None
     """None for the preset `dense`, which trains the unmodified model"""
     parts: Parts
-    flops: Flops
+    width: int
+    """of the residual stream"""
     start_record: dict[str, Any]
     """what stands in the metrics before the first step"""
 
@@ -62,20 +66,19 @@ def build(settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str
     method = resolve(settings.method, train.steps)
     start = None
     with dist.together(patient=True):
-        model, sparse = _build_model(settings, engine, say)
+        pairs = prepare_pairs(settings) if settings.task == "translation" else None
+        model, sparse = _build_model(settings, engine, pairs, say)
         if sparse is not None and fresh:
             check_start(sparse, method, on_gpu=engine.device.type == "cuda")
         for sentence in without_effect(method.settings):
             say(f"note: {sentence}")
-        data = load_text(settings.data, settings.seed)  # late: it can take hours, the mistakes above show at once
-        check_vocabulary(data.tokenizer, model.config.vocab_size)
+        task = _task(settings, engine, pairs, model, sparse)
         if sparse is not None and fresh:
-            start = draw_start(sparse, method, settings.seed, partial(_calibrate, settings, engine, data))
+            start = draw_start(sparse, method, settings.seed, task.calibrate)
     if start is not None and start.correlated:
         say(f"csti: {len(start.correlated)} layers ({', '.join(start.correlated)}); the others start as er")
     optimizer = build_optimizer(model, settings.optimizer)
-    positions = sum(layer.mask.numel() for layer in sparse.layers.values()) if sparse else 0
-    flops = Flops(training_flops_per_token(model, settings.data.sequence_length), positions)
+    width = model.get_input_embeddings().embedding_dim
     record = _start_record(model, sparse, start.unlinked if start else {"outputs": 0, "inputs": 0}, engine)
     forward, shards = engine.prepare(torch.compile(model) if train.compile else model, model, optimizer)
     updater = None
@@ -84,13 +87,27 @@ def build(settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str
         if start is not None:
             updater.own_std = start.own_std
             updater.agree("the start")
-    parts = Parts(model, shards, updater, data.train, Progress())
-    return Built(settings, engine, data, model, forward, optimizer, updater, parts, flops, record)
+    parts = Parts(model, shards, updater, task.stream, Progress())
+    return Built(settings, engine, task, model, forward, optimizer, updater, parts, width, record)
 
 
-def _build_model(settings: RunSettings, engine: Engine, say: Callable[[str], None]) -> tuple[Any, SparseModel | None]:
-    model: Any = build_model(settings.model, settings.seed)
-    _check_length(settings.data.sequence_length, model.config)
+def prepare_pairs(settings: RunSettings) -> PairData:
+    """The sentence pairs of a run: first of all, because their vocabularies decide the size of the model."""
+    assert settings.train.batch_tokens is not None
+    trained = settings.pairs.vocabulary in TRAINED
+    tokenizer = checkpoint_tokenizer(settings.model.path) if settings.model.path and trained else None
+    return load_pairs(settings.pairs, settings.train.batch_tokens, settings.seed, tokenizer)
+
+
+def _build_model(
+    settings: RunSettings, engine: Engine, pairs: PairData | None, say: Callable[[str], None]
+) -> tuple[Any, SparseModel | None]:
+    if pairs is None:
+        model: Any = build_model(settings.model, settings.seed)
+        check_length(settings.data.sequence_length, model.config)
+    else:
+        model = build_model(settings.model, settings.seed, "seq2seq", vocabulary_of(pairs))
+        check_positions(pairs, model.config)
     model.to(dtype=engine.model_dtype)
     if not engine.zero_stage:  # DeepSpeed moves it, in its working precision
         model.to(device=engine.device)
@@ -104,17 +121,17 @@ def _build_model(settings: RunSettings, engine: Engine, say: Callable[[str], Non
     return model, sparse
 
 
-def _calibrate(settings: RunSettings, engine: Engine, data: TextData, model: Any) -> None:
-    """Run the first training sequences through the model; the training itself begins with them all the same."""
-    position = data.train.state_dict()
-    count = settings.method.calibration_sequences
-    samples = data.train.batch(0, count)["input_ids"]
-    data.train.load_state_dict(position)
-    device = next(model.parameters()).device
-    model.eval()
-    for rows in samples.split(engine.micro_batch_size):
-        model(rows.to(device), use_cache=False)
-    model.train()
+def _task(
+    settings: RunSettings, engine: Engine, pairs: PairData | None, model: Any, sparse: SparseModel | None
+) -> Task:
+    layers = sparse.layers if sparse else {}
+    if pairs is not None:
+        return Translation(settings, pairs, engine, model.config, pair_flops(model, layers))
+    data = load_text(settings.data, settings.seed)  # late: it can take hours, the mistakes above show at once
+    check_vocabulary(data.tokenizer, model.config.vocab_size)
+    positions = sum(layer.mask.numel() for layer in layers.values())
+    flops = Flops(training_flops_per_token(model, settings.data.sequence_length), positions)
+    return LanguageModelling(settings, data, engine, flops)
 
 
 def _start_record(model: Any, sparse: SparseModel | None, lonely: dict[str, int], engine: Engine) -> dict[str, Any]:
@@ -135,12 +152,3 @@ def _start_record(model: Any, sparse: SparseModel | None, lonely: dict[str, int]
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-
-
-def _check_length(sequence_length: int, config: Any) -> None:
-    longest = getattr(config, "max_position_embeddings", None)  # some families have no bound
-    if longest is not None and sequence_length > longest:
-        raise UserError(
-            f"`data.sequence_length` = {sequence_length} is above the model's `max_position_embeddings` = {longest}; "
-            "lower it, or set `model.overrides.max_position_embeddings`"
-        )

@@ -121,7 +121,7 @@ class CheckpointStore:
     def _announce(self, tensors: Mapping[str, Group]) -> tuple[int, str]:
         """Bytes that all ranks will write, and what the user will have if that fails."""
         with dist.together():
-            earlier = self._folders() if dist.is_main() else []
+            earlier = self.folders() if dist.is_main() else []
         kept = f"The last checkpoint, {earlier[-1].name}, is untouched." if earlier else "There is no earlier one."
         own = sum(values.nbytes for group in tensors.values() for values in group.values())
         told = dist.gather([own, kept])
@@ -154,7 +154,7 @@ class CheckpointStore:
         with dist.together():
             if dist.is_main():
                 self._sweep()
-            names = [folder.name for folder in self._folders()] if dist.is_main() else []
+            names = [folder.name for folder in self.folders()] if dist.is_main() else []
         names = dist.from_main(names)
         for name in reversed(names):
             try:
@@ -171,7 +171,7 @@ class CheckpointStore:
 
     def best(self) -> Path | None:
         """Return the checkpoint last saved as the best one, if there is one."""
-        for folder in reversed(self._folders()):
+        for folder in reversed(self.folders()):
             try:
                 if read_manifest(folder)["best"]:
                     return folder
@@ -179,7 +179,7 @@ class CheckpointStore:
                 continue
         return None
 
-    def _folders(self) -> list[Path]:
+    def folders(self) -> list[Path]:
         """Folders of checkpoints by ascending step."""
         return sorted((self.root / name for name in self._names() if _NAME.fullmatch(name)), key=_step)
 
@@ -206,7 +206,7 @@ class CheckpointStore:
         sync(self.root)
 
     def _discard_others(self, newest: Path) -> None:
-        folders = self._folders()
+        folders = self.folders()
         done, abandoned = folders[: folders.index(newest) + 1], folders[folders.index(newest) + 1 :]
         for folder in reversed(abandoned):
             discard(folder)

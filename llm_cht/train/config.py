@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from llm_cht import models
-from llm_cht.data import sources
+from llm_cht.data import pairs, sources
+from llm_cht.data.pair_settings import PairSettings
 from llm_cht.data.settings import DataSettings
 from llm_cht.errors import UserError
 from llm_cht.files import absolute
@@ -15,6 +16,7 @@ from llm_cht.sparse.surgery import SparseSettings
 from llm_cht.topology.method import resolve
 from llm_cht.topology.settings import MethodSettings
 from llm_cht.train import lr
+from llm_cht.train.decode import DecodeSettings
 from llm_cht.train.engine import Precision
 from llm_cht.train.lr import LrSettings
 from llm_cht.train.metrics import MetricsSettings
@@ -28,9 +30,15 @@ class TrainSettings:
     steps: int = 10000
     """Optimizer steps of the run."""
     batch_size: int = 512
-    """Sequences per optimizer step, over all devices."""
+    """Sequences per optimizer step, over all devices. Not for translation, whose batches are counted in tokens."""
     micro_batch_size: int | None = None
     """Sequences per forward pass; null: the whole batch. Smaller ones are accumulated."""
+    batch_tokens: int | None = None
+    """Translation: tokens per optimizer step over all devices, at most; source and target both count, with padding."""
+    micro_batch_tokens: int | None = None
+    """Translation: about as many of these tokens per forward pass; null: all that a device has of the batch."""
+    label_smoothing: float = 0.0
+    """Translation: share of the target's probability that is spread over the whole vocabulary."""
     precision: Precision = "bf16"
     """bf16 compute over fp32 weights; fp32; or pure_bf16 (weights and moments in bf16, to reproduce 002)."""
     clip_norm: float | None = 1.0
@@ -51,14 +59,18 @@ class TrainSettings:
 
 @dataclass
 class ValidationSettings:
-    """Perplexity while training and at the end."""
+    """Perplexity, and BLEU of translations, while training and at the end."""
 
     every: int | None = 1000
     """Optimizer steps between validations; null: at the end only."""
     max_tokens: int | None = 500_000
     """Tokens per validation while training, null for all; the last one always uses everything."""
     batch_size: int | None = None
-    """Sequences per forward pass; null: as in training."""
+    """Sequences per forward pass; null: as in training. Of translation: pairs are taken by `train.batch_tokens`."""
+    bleu_pairs: int | None = None
+    """Translation: pairs of the validation data that are translated for BLEU, the first ones; null: all."""
+    decode: DecodeSettings = field(default_factory=DecodeSettings)
+    """Translation: the beam search."""
 
 
 @dataclass
@@ -70,7 +82,12 @@ class CheckpointSettings:
     keep_last: int = 2
     """Checkpoints kept besides the best one."""
     save_best: bool = True
-    """Also save whenever a validation gives the lowest perplexity so far."""
+    """Also save whenever a validation is the best so far: lowest perplexity, or highest BLEU of translations."""
+    export: Literal["last", "best", "average"] | None = None
+    """Which weights become RUN/model: the last step's, the best checkpoint's, the mean of the last ones with the last
+    topology; null: last, for translation best."""
+    average: int = 5
+    """Checkpoints that `export: average` takes the mean of."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of RUN/model."""
 
@@ -85,10 +102,14 @@ class RunSettings:
     """Of the weights, the topology and the order of the data."""
     resume: str | None = None
     """auto: the newest good checkpoint of the run folder, if any; or the path of a checkpoint or run."""
+    task: Literal["language_modelling", "translation"] = "language_modelling"
+    """What is learned: the next token of text (`data`), or the target sentence of a source sentence (`pairs`)."""
     model: ModelSettings = field(default_factory=ModelSettings)
     """The model."""
     data: DataSettings = field(default_factory=DataSettings)
     """Text, tokenizer and sequences."""
+    pairs: PairSettings = field(default_factory=PairSettings)
+    """Sentence pairs and their vocabularies."""
     sparse: SparseSettings = field(default_factory=SparseSettings)
     """Which layers are sparse."""
     method: MethodSettings = field(default_factory=MethodSettings)
@@ -117,9 +138,16 @@ def resolved(settings: RunSettings) -> RunSettings:
         run=absolute(settings.run),
         model=models.with_absolute_paths(settings.model),
         data=sources.with_absolute_paths(settings.data),
+        pairs=pairs.with_absolute_paths(settings.pairs) if settings.task == "translation" else settings.pairs,
         method=_method(settings),
         lr=lr.resolved(settings.lr, settings.train.steps),
+        checkpoint=replace(settings.checkpoint, export=exported(settings)),
     )
+
+
+def exported(settings: RunSettings) -> Literal["last", "best", "average"]:
+    """Which weights become the model of the run."""
+    return settings.checkpoint.export or ("best" if settings.task == "translation" else "last")
 
 
 def _method(settings: RunSettings) -> MethodSettings:
@@ -140,13 +168,17 @@ def check(settings: RunSettings) -> None:
         "train.steps": train.steps,
         "train.batch_size": train.batch_size,
         "train.micro_batch_size": train.micro_batch_size,
+        "train.batch_tokens": train.batch_tokens,
+        "train.micro_batch_tokens": train.micro_batch_tokens,
         "train.max_skipped": train.max_skipped,
         "train.timeout_s": train.timeout_s,
         "validation.every": settings.validation.every,
         "validation.max_tokens": settings.validation.max_tokens,
         "validation.batch_size": settings.validation.batch_size,
+        "validation.bleu_pairs": settings.validation.bleu_pairs,
         "checkpoint.every": settings.checkpoint.every,
         "checkpoint.keep_last": settings.checkpoint.keep_last,
+        "checkpoint.average": settings.checkpoint.average,
     }
     for key, value in positive.items():
         if value is not None and value < 1:
@@ -155,12 +187,8 @@ def check(settings: RunSettings) -> None:
         raise UserError(f"`seed` = {settings.seed}: must lie between 0 and 2**63 - 1; give another")
     if train.clip_norm is not None and not train.clip_norm > 0:
         raise UserError(f"`train.clip_norm` = {train.clip_norm}: must be above 0; null switches clipping off")
-    micro = train.micro_batch_size or train.batch_size
-    if train.batch_size % micro:
-        raise UserError(
-            f"`train.batch_size` = {train.batch_size} is no multiple of `train.micro_batch_size` = {micro}; "
-            "change one of them"
-        )
+    _check_task(settings)
+    _check_export(settings)
     _check_length(settings)
     method = resolve(settings.method, train.steps)
     if method.settings.initial == "checkpoint" and settings.model.path is None:
@@ -178,6 +206,50 @@ def check(settings: RunSettings) -> None:
             "`optimizer.link_age`: bf16 counts to 256 only (`train.precision: pure_bf16`); set bf16 or fp32"
         )
     settings.metrics.check()
+
+
+def _check_task(settings: RunSettings) -> None:
+    """Refuse settings of the other task, which would be overlooked."""
+    train, plain = settings.train, TrainSettings()
+    of_text = ("batch_size", "micro_batch_size")
+    of_pairs = ("batch_tokens", "micro_batch_tokens", "label_smoothing")
+    translates = settings.task == "translation"
+    for key in of_text if translates else of_pairs:
+        if getattr(train, key) != getattr(plain, key):
+            other, instead = ("language_modelling", of_pairs) if translates else ("translation", of_text)
+            raise UserError(
+                f"`train.{key}` = {getattr(train, key)} belongs to `task: {other}`, and the task is {settings.task}; "
+                f"leave it out (here it is `train.{instead[0]}` that counts), or set `task`"
+            )
+    if translates:
+        if train.batch_tokens is None:
+            raise UserError("`train.batch_tokens` is not set: translation needs it; give the tokens of a step")
+        if not 0 <= train.label_smoothing < 1:
+            raise UserError(f"`train.label_smoothing` = {train.label_smoothing}: must be a fraction in [0, 1)")
+        settings.validation.decode.check("validation.decode")
+        pairs.check(settings.pairs)
+        return
+    if settings.pairs != PairSettings():
+        raise UserError("`pairs` are given and the task is language_modelling; set `task: translation`")
+    micro = train.micro_batch_size or train.batch_size
+    if train.batch_size % micro:
+        raise UserError(
+            f"`train.batch_size` = {train.batch_size} is no multiple of `train.micro_batch_size` = {micro}; "
+            "change one of them"
+        )
+
+
+def _check_export(settings: RunSettings) -> None:
+    checkpoint, kind = settings.checkpoint, exported(settings)
+    if kind == "best" and not checkpoint.save_best:
+        raise UserError(
+            "`checkpoint.export: best` needs the best checkpoint; set `checkpoint.save_best: true`, or export the last"
+        )
+    if kind == "average" and checkpoint.keep_last < checkpoint.average:
+        raise UserError(
+            f"`checkpoint.export: average` needs `checkpoint.keep_last` = {checkpoint.keep_last} to be at least "
+            f"`checkpoint.average` = {checkpoint.average}; raise it"
+        )
 
 
 def _check_length(settings: RunSettings) -> None:

@@ -47,9 +47,11 @@ class EngineSettings:
     device: Literal["auto", "cpu", "cuda"]
     precision: Precision
     batch_size: int
-    """sequences of an optimizer step, over all ranks"""
+    """sequences of an optimizer step, over all ranks, or tokens"""
     micro_batch_size: int | None
-    """sequences of a forward pass on one rank; None: all that it has"""
+    """sequences of a forward pass on one rank, or tokens; None: all that it has"""
+    by_tokens: bool
+    """whether batches are counted in tokens: then their numbers of sequences differ, and are dealt out as they come"""
     clip_norm: float | None
     timeout_s: float
     skips_steps: bool
@@ -87,7 +89,7 @@ class Engine:
 
     @property
     def share(self) -> slice:
-        """The sequences of a global batch that are this rank's."""
+        """The sequences of a global batch that are this rank's, where batches are counted in sequences."""
         count = self.settings.batch_size // dist.world_size()
         return slice(dist.rank() * count, (dist.rank() + 1) * count)
 
@@ -98,8 +100,10 @@ class Engine:
 
     @property
     def accumulation_steps(self) -> int:
-        """Forward passes of one optimizer step."""
-        return self.settings.batch_size // dist.world_size() // self.micro_batch_size
+        """Forward passes of one optimizer step on each rank."""
+        if self.settings.by_tokens and self.settings.micro_batch_size:
+            return math.ceil(self.settings.batch_size / dist.world_size() / self.settings.micro_batch_size)
+        return 1 if self.settings.by_tokens else self.settings.batch_size // dist.world_size() // self.micro_batch_size
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Context of every forward pass."""
@@ -263,6 +267,8 @@ def _check_world(accelerator: Accelerator) -> None:
 
 def _check_batch(settings: EngineSettings) -> None:
     world = dist.world_size()
+    if settings.by_tokens:
+        return
     if settings.batch_size % world:
         raise UserError(
             f"`train.batch_size` = {settings.batch_size} does not divide among {world} ranks; change one of them"
@@ -312,10 +318,11 @@ def _configure_deepspeed(engine: Engine) -> None:
     unset_hf_deepspeed_config()
     plugin.zero3_init_flag = False
     zero.setdefault("stage3_param_persistence_threshold", 0)
+    micro = 1 if settings.by_tokens else engine.micro_batch_size  # DeepSpeed only checks that these fit together
     config |= {
-        "train_micro_batch_size_per_gpu": engine.micro_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": engine.accumulation_steps,
-        "train_batch_size": settings.batch_size,
+        "train_batch_size": micro * engine.accumulation_steps * dist.world_size(),
         "gradient_clipping": settings.clip_norm or 0.0,
         "bf16": {"enabled": settings.precision == "bf16"},
         "zero_allow_untested_optimizer": True,

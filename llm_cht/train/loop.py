@@ -15,13 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from torch import Tensor
 from tqdm import tqdm
 
 from llm_cht import config, dist
-from llm_cht.data.text import unigram_perplexity
 from llm_cht.errors import UserError
 from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.files import disk_errors, new_folder
@@ -29,11 +26,13 @@ from llm_cht.sparse.folder import write_topology
 from llm_cht.train import lr
 from llm_cht.train.build import Built
 from llm_cht.train.checkpoint import CheckpointStore
-from llm_cht.train.export import TOKENIZER, described, write_model
+from llm_cht.train.ending import summary, write_final_model
+from llm_cht.train.export import TOKENIZER, described
 from llm_cht.train.metrics import Meter, MetricsLog, peak_tflops
 from llm_cht.train.signals import StopSignals
 from llm_cht.train.state import collect
-from llm_cht.train.validate import Validation, count_targets, validate
+from llm_cht.train.task import Work
+from llm_cht.train.validate import Validation, validate
 from llm_cht.train.watchdog import Watchdog
 
 _LINES = 20  # of progress in a log file
@@ -76,7 +75,7 @@ class Loop:
         self.progress = built.parts.progress
         self.store = CheckpointStore(run / "checkpoints", self.settings.checkpoint.keep_last)
         peak = peak_tflops(built.engine.device, self.settings.metrics)
-        self.meter = Meter(built.engine.device, built.flops.dense_per_token, peak, dist.world_size())
+        self.meter = Meter(built.engine.device, peak, dist.world_size())
         self.density = 1.0
         self._saved: Path | None = None
         self._saved_step = -1
@@ -94,7 +93,7 @@ class Loop:
         with dist.together():
             if dist.is_main():
                 with disk_errors(self.run / TOKENIZER, 0, _NOTHING_YET), new_folder(self.run / TOKENIZER) as folder:
-                    self.built.data.tokenizer.save_pretrained(folder)
+                    self.built.task.tokenizer.save_pretrained(folder)
 
     def _record(self, kind: str, values: Mapping[str, Any]) -> None:
         """A line of the metrics, from the main rank; if it cannot be written the others see the main rank leave."""
@@ -155,23 +154,22 @@ class Loop:
         built, progress, settings, engine = self.built, self.progress, self.settings, self.built.engine
         step = progress.step + 1
         self.watchdog.enter(step, "step")
-        batch, targets = self._batch()
+        work, targets = self._work(step)
         factor, rewarm = self._lr_factors(step)
         for group in built.optimizer.param_groups:
             group["lr"] = settings.optimizer.lr * factor * rewarm
         # gradients are averaged over passes and ranks: this makes the mean one over all targets of the step
-        passes = engine.accumulation_steps
+        passes = len(work.parts)
         share = targets / (passes * dist.world_size())
         loss = 0.0
-        for number in range(passes):
+        for number, part in enumerate(work.parts):
             self.watchdog.enter(step, "step")
-            rows = slice(number * engine.micro_batch_size, (number + 1) * engine.micro_batch_size)
-            inputs = {key: value[rows].to(engine.device) for key, value in batch.items()}
+            inputs = {key: value.to(engine.device) for key, value in part.items()}
             with engine.accumulate(built.forward, last=number == passes - 1):
                 with engine.autocast():
-                    part = built.forward(**inputs, use_cache=False, num_items_in_batch=share).loss
-                engine.backward(built.forward, part)
-            loss += part.item() / passes
+                    term = built.task.loss(built.forward, inputs, share)
+                engine.backward(built.forward, term)
+            loss += term.item() / passes
         loss = dist.total([loss])[0] / dist.world_size()
         norm = engine.step(built.forward, built.optimizer) if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
@@ -180,9 +178,10 @@ class Loop:
         progress.step = step
         progress.tokens += targets
         progress.density_sum += self.density
-        flops = self._flops(step, targets)
+        flops, dense_flops = self._flops(step, work, targets)
         progress.flops += flops
-        self.meter.add(targets)
+        progress.dense_flops += dense_flops
+        self.meter.add(targets, dense_flops)
         return {
             "loss": loss,
             "lr": settings.optimizer.lr * factor * rewarm,
@@ -191,34 +190,34 @@ class Loop:
             "flops_per_token": flops / max(1, targets),
         }
 
-    def _batch(self) -> tuple[dict[str, Tensor], int]:
-        """This rank's rows of the next global batch, and the number of targets that all ranks have of it."""
-        size, error, targets = self.settings.train.batch_size, None, 0
+    def _work(self, step: int) -> tuple[Work, int]:
+        """This rank's share of the step's batch, and the number of targets that all ranks have of it."""
+        work, error = Work([], 0), None
         try:
-            batch = self.built.data.train.batch(self.progress.step * size, size, self.built.engine.share)
-            targets = count_targets(batch["labels"])
+            work = self.built.task.batch(step)
         except UserError as raised:
             error = raised
-        everybody, failed = dist.total([targets, error is not None])
+        everybody, failed = dist.total([work.targets, error is not None])
         if failed:
             with dist.together():
                 if error is not None:
                     raise error
-        return batch, int(everybody)
+        return work, int(everybody)
 
-    def _flops(self, step: int, targets: int) -> float:
-        """Of the step, and of the topology update that follows it."""
-        updater, flops = self.built.updater, self.built.flops
+    def _flops(self, step: int, work: Work, targets: int) -> tuple[float, float]:
+        """Of the step and of the topology update that follows it; what the dense model would have needed."""
+        updater, task = self.built.updater, self.built.task
+        dense = task.flops(work, targets, 1.0, dense_gradient=False)
         if updater is None:
-            return flops.of_step(targets, 0, dense_gradient=False)
-        method, links = updater.method, round(self.density * flops.positions)
+            return dense, dense
+        method = updater.method
         dense_gradient = method.regrows_by_gradient(step) or method.needs_momentum(step)
         update = updater.flops(step) if updater.due(step) else 0.0
-        return flops.of_step(targets, links, dense_gradient) + update
+        return task.flops(work, targets, self.density, dense_gradient) + update, dense
 
     def _lr_factors(self, step: int) -> tuple[float, float]:
         updater = self.built.updater
-        base = lr.base_factor(self.settings.lr, step, self.settings.train.steps)
+        base = lr.base_factor(self.settings.lr, step, self.settings.train.steps, self.built.width)
         if updater is None:
             return base, 1.0
         updates = updater.method.updates
@@ -255,6 +254,8 @@ class Loop:
             shown["density"] = f"{self.density:.3f}"
         if progress.last_validation:
             shown["val ppl"] = f"{math.exp(min(progress.last_validation['loss'], 700)):.1f}"
+            if "bleu" in progress.last_validation:
+                shown["BLEU"] = f"{progress.last_validation['bleu']:.1f}"
         bar.set_postfix(shown, refresh=False)
         total = self.settings.train.steps
         if bar.disable and progress.step - self._told_step >= total / _LINES:  # no terminal: a line instead of a bar
@@ -271,31 +272,36 @@ class Loop:
             return
         best = False
         if settings.validation.every and step % settings.validation.every == 0:
-            best = self._validate(settings.validation.max_tokens)
+            best = self._validate(everything=settings.validation.max_tokens is None)
         due = sound and settings.checkpoint.every is not None and step % settings.checkpoint.every == 0
         if due or (best and settings.checkpoint.save_best):
             self.save(best)
 
-    def _validate(self, max_tokens: int | None) -> bool:
-        """Validate and write it down; returns whether the loss is the lowest so far."""
-        progress = self.progress
-        result = self.validation(max_tokens)
-        progress.last_validation = {"loss": result.loss, "step": progress.step}
-        record = {"loss": result.loss, "perplexity": result.perplexity, "validation_tokens": result.num_tokens}
-        self._record("validation", record | {"full": max_tokens is None})
+    def _validate(self, everything: bool) -> bool:
+        """Validate and write it down; returns whether it is the best so far."""
+        progress, task = self.progress, self.built.task
+        result = self.validation(everything)
+        figures = {"loss": result.loss, "perplexity": result.perplexity, "validation_tokens": result.num_tokens}
+        if math.isfinite(result.loss):
+            figures |= task.measure(self.built.model, self.built.engine, self._translating)
+        progress.last_validation = figures | {"step": progress.step}
+        self._record("validation", figures | {"full": everything})
         if not math.isfinite(result.loss):
             raise self._not_finite(f"validation loss {result.loss} after step {progress.step}")
-        best = progress.best_loss is None or result.loss < progress.best_loss
+        reached = figures[task.figure]
+        best = progress.best is None or (reached > progress.best if task.higher else reached < progress.best)
         if best:
-            progress.best_loss = result.loss
+            progress.best = reached
         return best
 
-    def validation(self, max_tokens: int | None) -> Validation:
-        """Cross-entropy on the validation split, on all of it where ``max_tokens`` is None."""
-        size = self.settings.validation.batch_size or self.built.engine.micro_batch_size
-        batches = self.built.data.validation.batches(size, max_tokens)
+    def validation(self, everything: bool) -> Validation:
+        """Cross-entropy on the validation data, on all of it or on what is looked at while training."""
+        batches = self.built.task.validation(everything)
         shown = self._bar(iterable=batches, desc="validate", unit="batch", leave=False)
-        return validate(self.built.forward, self._watched(shown), self.built.engine)
+        return validate(self.built.forward, self._watched(shown), self.built.engine, self.built.task)
+
+    def _translating(self, batches: Iterable[Any]) -> Iterator[Any]:
+        return self._watched(self._bar(iterable=batches, desc="translate", unit="batch", leave=False))
 
     def _watched(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
@@ -308,7 +314,7 @@ class Loop:
         tensors, values = collect(self.built.parts)
         values["model"] = described(self.built.model)
         values["settings"] = yaml.safe_load(config.dump(self.settings))
-        values["data_fingerprint"] = self.built.data.fingerprint
+        values["data_fingerprint"] = self.built.task.fingerprint
         with self.signals.hold():
             self._saved, self._saved_step = (
                 self.store.save(self.progress.step, tensors, values, best),
@@ -317,36 +323,14 @@ class Loop:
             return self._saved
 
     def _finish(self) -> dict[str, Any]:
-        """Full validation, last checkpoint, export, summary."""
-        built, progress = self.built, self.progress
-        best = self._validate(None)
-        self.save(best)
-        self._export()
-        loss = progress.last_validation["loss"]
-        summary = {
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "unigram_perplexity": unigram_perplexity(built.data.validation),
-            "density": self.density,
-            "average_density": progress.density_sum / progress.step,
-            "tokens": progress.tokens,
-            "flops": progress.flops,
-            "flops_per_token": progress.flops / progress.tokens,
-            "flops_relative": progress.flops / (built.flops.dense_per_token * progress.tokens),
-            **(built.updater.memory() if built.updater else {}),
-            "skipped": progress.skipped,
-            "seconds": self.log.seconds if self.log is not None else 0.0,
-            "mask_digest": built.updater.digest() if built.updater else None,
-        }
-        self._record("end", {"summary": summary})
-        return summary
-
-    def _export(self) -> None:
-        """The model folder, from the checkpoint that was just saved."""
-        built, dtype = self.built, getattr(torch, self.settings.checkpoint.export_dtype)
-        assert self._saved is not None
+        """Full validation, last checkpoint, the model, summary."""
+        best = self._validate(everything=True)
+        saved, folder = self.save(best), self.run / "model"
         with self.signals.hold():
             self.watchdog.enter(self.progress.step, "export", allowance=6)
-            checkpoint = self.store.load(self._saved)
-            with dist.together(patient=True):
-                if dist.is_main():
-                    write_model(checkpoint, built.data.tokenizer, self.run / "model", dtype)
+            steps = write_final_model(self.built, self.store, saved, folder)
+        figures = summary(self.built, self.density, steps, folder, self._translating)
+        figures["seconds"] = self.log.seconds if self.log is not None else 0.0
+        figures["mask_digest"] = self.built.updater.digest() if self.built.updater else None
+        self._record("end", {"summary": figures})
+        return figures

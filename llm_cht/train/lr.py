@@ -17,8 +17,10 @@ from llm_cht.errors import UserError
 class LrSettings:
     """The learning rate over time."""
 
-    schedule: Literal["cosine", "linear", "noam", "wsd", "constant"] = "cosine"
-    """After the warm-up: half a cosine, a line, sqrt(warmup / step), a plateau with a line at the end, or nothing."""
+    schedule: Literal["cosine", "linear", "noam", "inoam", "wsd", "constant"] = "cosine"
+    """After the warm-up: half a cosine, a line, sqrt(warmup / step), a plateau with a line at the end, or nothing.
+    inoam is noam as the Transformer's authors scale it: `optimizer.lr` times the inverse root of the model's width and
+    of the step, so that its peak is lr / sqrt(width * warmup)."""
     warmup_steps: int | None = None
     """Steps in which it rises linearly to its peak; null: a tenth of the run."""
     final_fraction: float = 0.1
@@ -37,9 +39,16 @@ def resolved(settings: LrSettings, total_steps: int) -> LrSettings:
     return replace(settings, warmup_steps=_warmup_steps(settings, total_steps), decay_steps=decay)
 
 
-def base_factor(settings: LrSettings, step: int, total_steps: int) -> float:
-    """Fraction of the peak at optimizer step ``step`` (1, 2, ..., ``total_steps``), without the re-warm-up."""
+def base_factor(settings: LrSettings, step: int, total_steps: int, width: int | None = None) -> float:
+    """Factor of ``optimizer.lr`` at optimizer step ``step`` (1, 2, ..., ``total_steps``), without the re-warm-up.
+
+    ``width`` is the size of the residual stream (d_model), which ``inoam`` needs: width^-0.5 *
+    min(step^-0.5, step * warmup^-1.5) (Vaswani et al. 2017, eq. 3).
+    """
     warmup = _warmup_steps(settings, total_steps)
+    if settings.schedule == "inoam":
+        assert width is not None
+        return width**-0.5 * min(step**-0.5, step * warmup**-1.5)
     if step <= warmup:
         return step / warmup
     last = settings.final_fraction
@@ -83,8 +92,8 @@ def check(settings: LrSettings, total_steps: int) -> None:
     warmup = _warmup_steps(settings, total_steps)
     if not 0 <= warmup <= total_steps:
         raise UserError(f"`lr.warmup_steps` = {warmup}: must lie in the run of {total_steps} steps (`train.steps`)")
-    if settings.schedule == "noam" and warmup == 0:
-        raise UserError("`lr.warmup_steps` = 0: `lr.schedule: noam` needs at least 1")
+    if settings.schedule in ("noam", "inoam") and warmup == 0:
+        raise UserError(f"`lr.warmup_steps` = 0: `lr.schedule: {settings.schedule}` needs at least 1")
     if not 0 <= settings.final_fraction <= 1:
         raise UserError(f"`lr.final_fraction` = {settings.final_fraction}: must be a fraction in [0, 1]")
     if settings.rewarm_steps < 1:

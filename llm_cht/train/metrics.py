@@ -214,17 +214,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Meter:
     """Speed and memory since the last reading, for the ``train`` records."""
 
-    def __init__(self, device: torch.device, flops_per_token: int, peak_tflops: float | None, world_size: int) -> None:
+    def __init__(self, device: torch.device, peak_tflops: float | None, world_size: int) -> None:
         """``peak_tflops`` is that of one device (see ``peak_tflops``), None where unknown."""
         self._device = device
-        self._flops_per_token = flops_per_token
         self._peak_flops = None if peak_tflops is None else peak_tflops * 1e12 * world_size
         self._since = time.perf_counter()
-        self._tokens = 0
+        self._tokens, self._flops = 0, 0.0
 
-    def add(self, tokens: int) -> None:
-        """Count target tokens trained on, of all ranks together."""
+    def add(self, tokens: int, flops: float) -> None:
+        """Count target tokens trained on, of all ranks together, and the FLOPs of the dense model on them."""
         self._tokens += tokens
+        self._flops += flops
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -239,11 +239,12 @@ class Meter:
         On CUDA the caller has synchronised, for instance by reading the loss.
         """
         now = time.perf_counter()
-        speed = self._tokens / (now - self._since)
-        self._since, self._tokens = now, 0
+        seconds = now - self._since
+        speed, flops = self._tokens / seconds, self._flops / seconds
+        self._since, self._tokens, self._flops = now, 0, 0.0
         values = {"tokens_per_second": speed, "peak_memory_mb": peak_memory_mb(self._device)}
         if self._peak_flops is not None:
-            values["mfu"] = speed * self._flops_per_token / self._peak_flops
+            values["mfu"] = flops / self._peak_flops
         return values
 
 

@@ -53,7 +53,7 @@ def _train(settings: RunSettings, engine: Engine, watchdog: Watchdog, say: Calla
     built = build(settings, engine, checkpoint is None, say)
     if checkpoint is not None:
         with dist.together():
-            _check_data(checkpoint.state["data_fingerprint"], built.data.fingerprint, str(checkpoint.path))
+            _check_data(checkpoint.state["data_fingerprint"], built.task.fingerprint, str(checkpoint.path))
             restore(built.parts, checkpoint, settings.seed)
         say(f"resumed from {checkpoint.path}")
     else:
@@ -82,11 +82,13 @@ def _resumed_by_launcher(settings: RunSettings) -> RunSettings:
 
 def _engine_settings(settings: RunSettings) -> EngineSettings:
     train = settings.train
+    by_tokens = settings.task == "translation"
     return EngineSettings(
         train.device,
         train.precision,
-        train.batch_size,
-        train.micro_batch_size,
+        train.batch_tokens if by_tokens and train.batch_tokens else train.batch_size,
+        train.micro_batch_tokens if by_tokens else train.micro_batch_size,
+        by_tokens,
         train.clip_norm,
         train.timeout_s,
         train.on_nonfinite == "skip",

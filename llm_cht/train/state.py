@@ -37,12 +37,14 @@ class Progress:
     """density summed over the steps done; over ``step`` it is the average density"""
     flops: float = 0.0
     """of the steps and topology updates done (``train/flops.py``)"""
+    dense_flops: float = 0.0
+    """what the dense model would have needed for the same steps"""
     skipped: int = 0
     """steps skipped for a loss that was not finite"""
-    best_loss: float | None = None
-    """lowest validation loss"""
+    best: float | None = None
+    """of the figure by which the task chooses the best checkpoint"""
     last_validation: dict[str, float] = field(default_factory=dict)
-    """loss and step of the latest validation"""
+    """step and figures of the latest validation"""
 
 
 @dataclass(frozen=True)

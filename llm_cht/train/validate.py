@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llm_cht import dist
 from llm_cht.train.engine import Engine
+from llm_cht.train.task import Inputs, Task
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,17 @@ class Validation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def count_targets(labels: Tensor) -> int:
-    """Predicted tokens of a batch of labels (sequences, length): all but the first and the ignored (-100)."""
-    return int((labels[:, 1:] != -100).sum())
-
-
 @torch.no_grad()
-def validate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], engine: Engine) -> Validation:
+def validate(model: nn.Module, batches: Iterable[Inputs], engine: Engine, task: Task) -> Validation:
     """Cross-entropy of ``model`` over ``batches``, which all ranks give alike; training mode is restored."""
     training = model.training
     model.eval()
     total, num_tokens = 0.0, 0
     for batch, counts in _own(batches):
-        targets = count_targets(batch["labels"])
+        targets = task.count_targets(batch)
         inputs = {key: value.to(engine.device) for key, value in batch.items()}
         with engine.autocast():
-            loss = model(**inputs, use_cache=False, num_items_in_batch=targets).loss
+            loss = task.cross_entropy(model, inputs, targets)
         if counts:
             total += loss.item() * targets
             num_tokens += targets
@@ -57,7 +53,7 @@ def validate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], engine: 
     return Validation(total / all_tokens, int(all_tokens))
 
 
-def _own(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[Mapping[str, Tensor], bool]]:
+def _own(batches: Iterable[Inputs]) -> Iterator[tuple[Inputs, bool]]:
     """This rank's batches, and whether they count."""
     rest = iter(batches)
     while turn := list(itertools.islice(rest, dist.world_size())):

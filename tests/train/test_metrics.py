@@ -148,7 +148,7 @@ def test_wandb_gets_the_scalars_and_a_resume_the_same_run(tmp_path, monkeypatch)
 def test_meter_counts_the_interval_without_pauses(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    meter = Meter(torch.device("cpu"), flops_per_token=10**9, peak_tflops=1.0, world_size=2)
+    meter = Meter(torch.device("cpu"), peak_tflops=1.0, world_size=2)
     meter.add(600)
     meter.add(400)
     now[0] = 2.0
@@ -163,7 +163,7 @@ def test_meter_counts_the_interval_without_pauses(monkeypatch):
 
 
 def test_unknown_peak_leaves_mfu_out():
-    meter = Meter(torch.device("cpu"), 1, None, 1)
+    meter = Meter(torch.device("cpu"), None, 1)
     meter.add(1)
     assert set(meter.read()) == {"tokens_per_second", "peak_memory_mb"}
 
