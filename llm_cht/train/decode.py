@@ -50,6 +50,16 @@ class DecodeSettings:
     batch_tokens: int = 4096
     """bound of beams * sentences * longest source (tokens) of a batch; a longer sentence is a batch of its own"""
 
+    def check(self, place: str) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            UserError: naming the setting below ``place``, and the remedy.
+        """
+        for key, least in {"beams": 1, "max_ratio": 0, "max_extra": 0, "batch_tokens": 1}.items():
+            if not getattr(self, key) >= least:
+                raise UserError(f"`{place}.{key}` = {getattr(self, key)}: must be at least {least}; raise it")
+
 
 def show_sentences(batches: Sequence[Batch]) -> Iterator[Batch]:
     """The batches under a progress bar that counts sentences, where standard error is a terminal."""
