@@ -8,13 +8,16 @@ needs the memory of all weights beside the training's).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from llm_cht.errors import UserError
+from llm_cht.models import auto_class, kind_of
 from llm_cht.sparse.folder import Topology, save_model_folder
 from llm_cht.topology import bits
 from llm_cht.train.checkpoint import Checkpoint, resolve
@@ -29,23 +32,43 @@ def described(model: Any) -> dict[str, Any]:
     return {key: json.loads(config.to_json_string(use_diff=False)) for key, config in configs.items() if config}
 
 
-def write_model(checkpoint: Checkpoint, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+def write_model(checkpoints: Sequence[Checkpoint], tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write the model of a checkpoint to ``folder``, its weights in ``dtype``, whole or not at all.
+
+    Of several checkpoints, which must have the topology of the last one, the mean of the weights.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
+    checkpoint = checkpoints[-1]
     description = checkpoint.state["model"]
     config = AutoConfig.for_model(**description["config"])
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(kind_of(config)).from_config(config)
     if "generation_config" in description:
         model.generation_config = GenerationConfig.from_dict(description["generation_config"])
     shapes = {name: checkpoint.shape("model", f"{name}.weight") for name in _sparse(checkpoint)}
     masks = {name: bits.unpack(checkpoint.tensor("topology", f"mask.{name}"), shape) for name, shape in shapes.items()}
     preset = checkpoint.state["settings"]["method"]["preset"]
-    weights = checkpoint.tensors("model")
+    weights = {name: _mean(checkpoints, name) for name in sorted(checkpoint.names("model"))}
     save_model_folder(folder, model, weights, tokenizer, Topology(masks, preset, checkpoint.step), dtype)
+
+
+def same_topology(first: Checkpoint, second: Checkpoint) -> bool:
+    """Whether two checkpoints of a run have the same links."""
+    return all(
+        torch.equal(first.tensor("topology", f"mask.{name}"), second.tensor("topology", f"mask.{name}"))
+        for name in _sparse(second)
+    )
+
+
+def _mean(checkpoints: Sequence[Checkpoint], name: str) -> Tensor:
+    """Of a tensor, added up in float64."""
+    own = checkpoints[-1].tensor("model", name)
+    if len(checkpoints) == 1 or not own.is_floating_point():
+        return own
+    total = sum((other.tensor("model", name).double() for other in checkpoints[:-1]), own.double())
+    return (total / len(checkpoints)).to(own.dtype)
 
 
 def export(place: str, folder: Path, dtype: torch.dtype) -> Path:
@@ -63,7 +86,7 @@ def export(place: str, folder: Path, dtype: torch.dtype) -> Path:
             f"{checkpoint.path} was saved by an older version, or its run has lost the folder `{TOKENIZER}`; "
             "resume the run to its end, which writes RUN/model"
         )
-    write_model(checkpoint, AutoTokenizer.from_pretrained(tokenizer), folder, dtype)
+    write_model([checkpoint], AutoTokenizer.from_pretrained(tokenizer), folder, dtype)
     return checkpoint.path
 
 

@@ -149,22 +149,22 @@ def test_meter_counts_the_interval_without_pauses(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     meter = Meter(torch.device("cpu"), peak_tflops=1.0, world_size=2)
-    meter.add(600)
-    meter.add(400)
+    meter.add(600, 600e9)
+    meter.add(400, 400e9)
     now[0] = 2.0
     with meter.paused():
         now[0] = 10.0
     first = meter.read()
     assert first["tokens_per_second"] == 500
     assert first["mfu"] == pytest.approx(500e9 / 2e12)
-    meter.add(10)
+    meter.add(10, 1e9)
     now[0] = 11.0
     assert meter.read()["tokens_per_second"] == 10
 
 
 def test_unknown_peak_leaves_mfu_out():
     meter = Meter(torch.device("cpu"), None, 1)
-    meter.add(1)
+    meter.add(1, 1.0)
     assert set(meter.read()) == {"tokens_per_second", "peak_memory_mb"}
 
 
