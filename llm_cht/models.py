@@ -1,7 +1,7 @@
 """Model from a config or from a checkpoint: stock ``transformers`` models, nothing of our own.
 
 A name like ``llama_60m`` is a file of ``configs/models`` (in the wheel: ``llm_cht/configs/models``), a YAML of the keys
-of the transformers config. Anything else is what ``AutoConfig`` and ``AutoModelForCausalLM`` accept.
+of the transformers config. Anything else is what ``AutoConfig`` and the ``AutoModel`` of the task accept.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from llm_cht.config import load_yaml
 from llm_cht.errors import UserError
 from llm_cht.files import absolute, is_path
+from llm_cht.vocabulary import KEYS, Vocabulary, check_checkpoint, filled, prepare_generation
 
-_UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, StrictDataclassError)
+Kind = Literal["causal", "seq2seq"]
+"""a decoder alone, for language modelling, or an encoder and a decoder, for translation"""
+
+_UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError, StrictDataclassError)
 """what transformers raises for sizes that do not fit: it checks few, the others fail where they are first used"""
 
 
@@ -55,20 +59,27 @@ def with_absolute_paths(settings: ModelSettings) -> ModelSettings:
     return replace(settings, config=config, path=path)
 
 
-def build_model(settings: ModelSettings, seed: int) -> PreTrainedModel:
+def build_model(
+    settings: ModelSettings, seed: int, kind: Kind = "causal", vocabulary: Vocabulary | None = None
+) -> PreTrainedModel:
     """The model in fp32, on the CPU; random weights are a function of ``seed``.
 
+    ``vocabulary`` is for translation: a new model gets its sizes and special tokens, a checkpoint must fit it.
+
     Raises:
-        UserError: a config or checkpoint that is not there, an unknown config key, sizes that do not fit.
+        UserError: a config or checkpoint that is not there or is of the other kind, an unknown config key, sizes that
+            do not fit.
     """
     torch.manual_seed(seed)
     if settings.path is not None:
-        model = _load(settings.path, settings)
+        model = _load(settings.path, settings, kind)
+        if vocabulary is not None:
+            check_checkpoint(model, vocabulary, settings.path)
     elif settings.config is not None:
-        model = _fresh(settings.config, settings)
+        model = _fresh(settings.config, settings, kind, vocabulary)
     else:
         raise UserError("neither `model.config` nor `model.path` is set; name a config (llama_60m) or a checkpoint")
-    heads, kv_heads = (getattr(model.config, f"num_{kind}_heads", 1) for kind in ("attention", "key_value"))
+    heads, kv_heads = (getattr(model.config, f"num_{of}_heads", 1) for of in ("attention", "key_value"))
     if heads % kv_heads:
         raise UserError(
             f"the model has {heads} attention heads and {kv_heads} key-value heads, which must divide them; "
@@ -77,8 +88,22 @@ def build_model(settings: ModelSettings, seed: int) -> PreTrainedModel:
     return model
 
 
-def _fresh(name: str, settings: ModelSettings) -> PreTrainedModel:
-    values = _config_values(name) | settings.overrides
+def kind_of(config: Any) -> Kind:
+    """What a transformers config describes."""
+    return "seq2seq" if config.is_encoder_decoder else "causal"
+
+
+def auto_class(kind: Kind) -> Any:
+    """The class of transformers that makes models of a kind, each of its own stock class."""
+    return {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}[kind]
+
+
+def _fresh(name: str, settings: ModelSettings, kind: Kind, vocabulary: Vocabulary | None) -> PreTrainedModel:
+    written = _written_config(name)
+    values = _stock_config(name) if written is None else written
+    if written is None and vocabulary is not None:  # a config of the hub speaks of its own tokenizer
+        values = {key: value for key, value in values.items() if key not in KEYS}
+    values = values | settings.overrides
     model_type = values.pop("model_type", "none")
     try:
         known = AutoConfig.for_model(model_type)
@@ -86,28 +111,39 @@ def _fresh(name: str, settings: ModelSettings) -> PreTrainedModel:
         raise UserError(
             f"`model.config` = {name!r}: transformers knows no model type `{model_type}`; correct it"
         ) from error
-    _check_keys(known, values)
+    _check_keys(known, (written or {}) | settings.overrides)
+    _check_kind(values.get("is_encoder_decoder", known.is_encoder_decoder), kind, f"`model.config` = {name!r}")
+    if vocabulary is not None:
+        values = filled(values, known, vocabulary)
     try:
         config = AutoConfig.for_model(model_type, **values)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=settings.attention)
+        model = auto_class(kind).from_config(config, dtype=torch.float32, attn_implementation=settings.attention)
     except (*_UNFIT, ImportError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
         raise UserError(
             f"`model.config` = {name!r} with `model.overrides` and `model.attention` cannot work: {reason}; "
             "correct them"
         ) from error
+    if vocabulary is not None:
+        prepare_generation(model, vocabulary)
+    return model
 
 
-def _config_values(name: str) -> dict[str, Any]:
-    """The keys of a transformers config by shipped name, file, or Hugging Face folder or name."""
+def _written_config(name: str) -> dict[str, Any] | None:
+    """The keys of a transformers config that a shipped or local file holds; None if there is no such file."""
     path = next((p for p in (_shipped(name), Path(name)) if p.is_file()), None)
-    if path is not None:
-        values = load_yaml(path)
-        if "model_type" not in values:
-            raise UserError(
-                f"`model.config` = {str(path)!r}: has no `model_type` key; write the keys of a transformers config"
-            )
-        return values
+    if path is None:
+        return None
+    values = load_yaml(path)
+    if "model_type" not in values:
+        raise UserError(
+            f"`model.config` = {str(path)!r}: has no `model_type` key; write the keys of a transformers config"
+        )
+    return values
+
+
+def _stock_config(name: str) -> dict[str, Any]:
+    """All keys of a Hugging Face config, by folder or name."""
     known = ", ".join(sorted(path.stem for path in _shipped("*").parent.glob("*.yaml")))
     place = f"`model.config` = {name!r}: no shipped config ({known}), no file or folder here"
     if is_path(name) and not os.path.isdir(name):
@@ -122,7 +158,7 @@ def _shipped(name: str) -> Path:
     return configs_folder() / "models" / f"{name}.yaml"
 
 
-def _load(path: str, settings: ModelSettings) -> PreTrainedModel:
+def _load(path: str, settings: ModelSettings, kind: Kind) -> PreTrainedModel:
     if is_path(path) and not os.path.isdir(path):
         raise UserError(f"`model.path` = {path!r}: no folder here; give a Hugging Face model folder or hub name")
     try:
@@ -130,8 +166,9 @@ def _load(path: str, settings: ModelSettings) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise _no_model(path, error) from error
     _check_keys(config, settings.overrides)
+    _check_kind(config.is_encoder_decoder, kind, f"`model.path` = {path!r}")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(kind).from_pretrained(
             path,
             dtype=torch.float32,
             attn_implementation=settings.attention,
@@ -156,6 +193,19 @@ def _no_model(path: str, error: Exception) -> UserError:
     return UserError(
         f"`model.path` = {path!r}: cannot be loaded: {reason}; give a Hugging Face model folder or hub name"
     )
+
+
+def _check_kind(encoder_decoder: bool, kind: Kind, place: str) -> None:
+    if encoder_decoder and kind == "causal":
+        raise UserError(
+            f"{place}: a model with encoder and decoder, which `task: language_modelling` does not train; "
+            "set `task: translation`, or take a model with a decoder alone (llama_60m)"
+        )
+    if not encoder_decoder and kind == "seq2seq":
+        raise UserError(
+            f"{place}: a model without encoder and decoder, which `task: translation` needs; "
+            "set `task: language_modelling`, or take a translation model (marian_multi30k)"
+        )
 
 
 def _check_keys(config: Any, keys: Iterable[str]) -> None:

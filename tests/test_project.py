@@ -33,7 +33,7 @@ ROOMS = """
     topology.budget topology.percolate topology.schedule topology.settings topology.presets topology.checks
     topology.method topology.update topology.measure
     sparse sparse.linear sparse.packed
-    sparse.families sparse.surgery sparse.folder models data
+    sparse.families sparse.surgery sparse.folder vocabulary models data
     evolve train report sweep cli
 """.split()  # noqa: SIM905 (one line a group reads better)
 
@@ -66,6 +66,8 @@ PARAMETERS = {
     "3b": (2.686e9, 2.522e9),
     "7b": (6.738e9, 6.476e9),
 }
+# The same of translation models, without the embeddings, whose number the vocabulary decides.
+TRANSLATION_PARAMETERS = {"multi30k": 31_543_296, "iwslt14": 44_138_496, "wmt17": 44_138_496, "2m": 1_388_544}
 
 
 def relative(path: Path) -> str:
@@ -258,7 +260,26 @@ def test_model_config_has_the_size_it_says(size: str):
 
 
 def test_every_model_config_is_in_the_table():
-    assert {path.stem for path in (ROOT / "configs/models").iterdir()} == {f"llama_{size}" for size in PARAMETERS}
+    tables = [("llama", PARAMETERS), ("marian", TRANSLATION_PARAMETERS)]
+    names = {f"{kind}_{size}" for kind, sizes in tables for size in sizes}
+    assert {path.stem for path in (ROOT / "configs/models").iterdir()} == names
+
+
+@pytest.mark.parametrize("size", TRANSLATION_PARAMETERS)
+def test_translation_model_config_has_the_size_it_says(size: str):
+    import torch
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    text = (ROOT / f"configs/models/marian_{size}.yaml").read_text()
+    keys = yaml.safe_load(text)
+    defaults = AutoConfig.for_model("marian").to_dict()
+    assert not [key for key, value in keys.items() if key != "model_type" and defaults[key] == value]
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(**keys))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    inner = trained - model.get_input_embeddings().weight.numel()
+    assert inner == TRANSLATION_PARAMETERS[size]
+    assert text.startswith(f"# {inner:,} parameters without the embeddings")
 
 
 @pytest.mark.slow
