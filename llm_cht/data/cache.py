@@ -23,8 +23,8 @@ def cache_root(setting: str | None) -> Path:
     return Path(setting or os.environ.get("LLM_CHT_CACHE") or f"{user}/llm_cht").expanduser()
 
 
-def built(folder: Path, make: Callable[[Path], None]) -> Path:
-    """``folder``, made by ``make(path)`` under another name if it is not there yet.
+def built(folder: Path, make: Callable[[Path], None], setting: str = "data.cache_dir") -> Path:
+    """``folder``, made by ``make(path)`` under another name if it is not there yet; ``setting`` names the cache.
 
     Raises:
         UserError: the cache cannot be written (permission, disk full).
@@ -46,6 +46,6 @@ def built(folder: Path, make: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise UserError(
             f"the data cache {folder.parent} cannot be written: {error.strerror or error}; free space there, or set "
-            "`data.cache_dir` or LLM_CHT_CACHE to another folder"
+            f"`{setting}` or LLM_CHT_CACHE to another folder"
         ) from error
     return folder

@@ -8,6 +8,7 @@ libraries' own HF_HUB_OFFLINE.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,13 +47,11 @@ class HubSource:
 
     def documents(self, shard: int, start: int = 0) -> Iterator[str]:
         """Documents of one shard."""
-        try:
+        with reading_rows(self.place):
             for row in self.dataset.shard(num_shards=self.num_shards, index=shard).skip(start):
                 if self.text_field not in row:
                     raise missing_field(self.place, self.text_field, row)
                 yield as_text(row[self.text_field], self.place, self.text_field)
-        except (OSError, httpx.HTTPError, DatasetsError) as error:
-            raise UserError(f"{self.place}: reading stopped: {error}; start again when the hub answers") from error
 
 
 def hub_source(name: str, subset: str | None, split: str, text_field: str, streaming: bool) -> HubSource:
@@ -61,7 +60,18 @@ def hub_source(name: str, subset: str | None, split: str, text_field: str, strea
     Raises:
         UserError: no such data set, subset or split, or the hub does not answer.
     """
-    place = f"hub data set {name}"
+    dataset, version = load_split(name, subset, split, streaming)
+    return HubSource(f"hub data set {name}", dataset, text_field, version)
+
+
+def load_split(
+    name: str, subset: str | None, split: str, streaming: bool, setting: str = "data.source"
+) -> tuple[Any, str]:
+    """A split of the data set ``name`` and its version; ``setting`` is where messages say the name stands.
+
+    Raises:
+        UserError: no such data set, subset or split, or the hub does not answer.
+    """
     try:
         builder = load_dataset_builder(name, subset)
         if streaming:
@@ -71,8 +81,20 @@ def hub_source(name: str, subset: str | None, split: str, text_field: str, strea
             dataset = builder.as_dataset(split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{place}: {reason}; see `data.source`, `data.subset`, `data.split`") from error
-    return HubSource(place, dataset, text_field, f"{builder.hash} {builder.config.name} {split}")
+        section = setting.split(".")[0]
+        raise UserError(
+            f"hub data set {name}: {reason}; see `{setting}`, `{section}.subset`, `{section}.split`"
+        ) from error
+    return dataset, f"{builder.hash} {builder.config.name} {split}"
+
+
+@contextmanager
+def reading_rows(place: str) -> Iterator[None]:
+    """Turn what can go wrong while rows are read into a ``UserError``."""
+    try:
+        yield
+    except (OSError, httpx.HTTPError, DatasetsError) as error:
+        raise UserError(f"{place}: reading stopped: {error}; start again when the hub answers") from error
 
 
 def reach(name: str, kind: Literal["data set", "tokenizer"], place: str) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from llm_cht.data.pack import Sequences
 
 
-def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """A permutation of 0 .. count - 1, a function of (seed, epoch)."""
+def permutation(seed: int, epoch: int, count: int, *stream: int) -> np.ndarray:
+    """A permutation of 0 .. count - 1, a function of (seed, epoch) and of ``stream``, for a second one of an epoch."""
     # RandomState: the only generator of numpy and torch whose stream is promised never to change
-    return np.random.RandomState([seed % 2**32, seed >> 32, epoch]).permutation(count)
+    return np.random.RandomState([seed % 2**32, seed >> 32, epoch, *stream]).permutation(count)
 
 
 class Batches:

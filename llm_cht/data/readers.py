@@ -13,8 +13,10 @@ import itertools
 import json
 import lzma
 import re
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -31,7 +33,7 @@ COMPRESSED = (".xz", ".gz")
 KNOWN = "`.txt`, `.text`, `.tokens`, `.jsonl`, `.json` (lines), `.parquet`, and these with `.xz` or `.gz`"
 
 _ARTICLE = re.compile(r" = [^=]+ = \n?")  # ` = = Section = = ` has two signs a side
-_BROKEN_STREAM = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
+_BROKEN_STREAM = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile)
 
 
 def kind(path: Path) -> str | None:
@@ -52,7 +54,7 @@ def read_documents(path: Path, text_field: str, rule: Rule | None, start: int = 
         UserError: the file cannot be read or decompressed, is binary, holds no document, or a record is not as it
             should be; the message names file and line or offset.
     """
-    try:
+    with reading(path):
         documents = _documents(path, text_field, rule, start)
         first = next(documents, None)
         if first is None and start == 0:
@@ -60,6 +62,13 @@ def read_documents(path: Path, text_field: str, rule: Rule | None, start: int = 
         if first is not None:
             yield first
             yield from documents
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what can go wrong while ``path`` is read into a ``UserError``."""
+    try:
+        yield
     except _BROKEN_STREAM as error:
         raise UserError(f"{path}: the compressed file is truncated or damaged ({error}); fetch it again") from error
     except pa.ArrowException as error:
@@ -76,13 +85,14 @@ def _documents(path: Path, text_field: str, rule: Rule | None, start: int) -> It
     if extension in PARQUET:
         return _parquet(path, text_field, start)
     if extension in JSON_LINES:
-        documents = _json_documents(_lines(path), path, text_field)
+        documents = _json_documents(json_records(_lines(path), str(path)), text_field)
     else:
         documents = _text_documents(_lines(path), rule or ("article" if extension == ".tokens" else "paragraph"))
     return itertools.islice(documents, start, None)
 
 
-def _open(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
+    """The bytes of ``path``, decompressed."""
     if path.suffix == ".xz":
         return cast(BinaryIO, lzma.open(path))
     if path.suffix == ".gz":
@@ -91,21 +101,29 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines with their ends, decoded strictly as UTF-8; a byte order mark is dropped."""
+    with opened(path) as file:
+        yield from decoded(file, str(path))
+
+
+def decoded(file: BinaryIO, place: str) -> Iterator[str]:
+    """Lines of ``file`` with their ends, decoded strictly as UTF-8; a byte order mark is dropped.
+
+    Raises:
+        UserError: other bytes, or a zero byte; it names ``place``, line and byte.
+    """
     offset = 0
-    with _open(path) as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                if b"\0" in raw:
-                    raise UnicodeDecodeError("utf-8", raw, raw.index(b"\0"), raw.index(b"\0") + 1, "a zero byte")
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}: not UTF-8 text at byte {offset + error.start} (line {number}): {error.reason}; "
-                    "convert the file to UTF-8, or leave it out if it is binary"
-                ) from error
-            offset += len(raw)
-            yield line.removeprefix("\ufeff") if number == 1 else line
+    for number, raw in enumerate(file, 1):
+        try:
+            if b"\0" in raw:
+                raise UnicodeDecodeError("utf-8", raw, raw.index(b"\0"), raw.index(b"\0") + 1, "a zero byte")
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{place}: not UTF-8 text at byte {offset + error.start} (line {number}): {error.reason}; "
+                "convert the file to UTF-8, or leave it out if it is binary"
+            ) from error
+        offset += len(raw)
+        yield line.removeprefix("\ufeff") if number == 1 else line
 
 
 def _text_documents(lines: Iterable[str], rule: Rule) -> Iterator[str]:
@@ -134,7 +152,12 @@ def _articles(lines: Iterable[str]) -> Iterator[str]:
         yield "".join(article)
 
 
-def _json_documents(lines: Iterable[str], path: Path, text_field: str) -> Iterator[str]:
+def json_records(lines: Iterable[str], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place (path and line) and object of each JSON line; blank lines are passed over.
+
+    Raises:
+        UserError: a line is not a JSON object.
+    """
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -145,14 +168,19 @@ def _json_documents(lines: Iterable[str], path: Path, text_field: str) -> Iterat
             cut = "" if line.endswith("\n") else "; the last line: is the file truncated?"
             raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}){cut}") from error
         if not isinstance(record, dict):
-            raise UserError(f"{place}: a line holds a JSON {type(record).__name__}, not an object with `{text_field}`")
+            raise UserError(f"{place}: a line holds a JSON {type(record).__name__}, not an object with fields")
+        yield place, record
+
+
+def _json_documents(records: Iterable[tuple[str, dict[str, Any]]], text_field: str) -> Iterator[str]:
+    for place, record in records:
         if text_field not in record:
             raise missing_field(place, text_field, record)
         yield as_text(record[text_field], place, text_field)
 
 
 def _parquet(path: Path, text_field: str, start: int) -> Iterator[str]:
-    whole = io.BytesIO(_open(path).read()) if path.suffix in COMPRESSED else path
+    whole = io.BytesIO(opened(path).read()) if path.suffix in COMPRESSED else path
     with pq.ParquetFile(whole) as file:
         if text_field not in file.schema_arrow.names:
             raise missing_field(str(path), text_field, file.schema_arrow.names)
@@ -168,18 +196,16 @@ def _parquet(path: Path, text_field: str, start: int) -> Iterator[str]:
             row += num_rows
 
 
-def missing_field(place: str, text_field: str, present: Iterable[str]) -> UserError:
-    """The error for a record without the text field; it names the fields there are."""
+def missing_field(place: str, field: str, present: Iterable[str], setting: str = "data.text_field") -> UserError:
+    """The error for a record without the ``field`` that ``setting`` names; it names the fields there are."""
     fields = ", ".join(f"`{name}`" for name in present) or "none"
-    return UserError(f"{place}: no field `{text_field}`; set `data.text_field` to one of those present: {fields}")
+    return UserError(f"{place}: no field `{field}`; set `{setting}` to one of those present: {fields}")
 
 
-def as_text(value: Any, place: str, text_field: str) -> str:
-    """The text of a record; null counts as a blank document."""
+def as_text(value: Any, place: str, field: str, setting: str = "data.text_field") -> str:
+    """The text of a record; null counts as a blank one."""
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(
-            f"{place}: the field `{text_field}` holds a {type(value).__name__}, not text; set `data.text_field`"
-        )
+        raise UserError(f"{place}: the field `{field}` holds a {type(value).__name__}, not text; set `{setting}`")
     return value.encode("utf-8", "replace").decode()  # JSON may spell half a surrogate pair, which is no text

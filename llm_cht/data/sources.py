@@ -61,7 +61,7 @@ class FileSource:
 
     def content(self, sampled: bool) -> str:
         """Digest of formats and bytes of all files in order; ``sampled``: of each file's size and first MiB."""
-        files = [[path.suffix, kind(path), _file_digest(path, sampled)] for path in self.files]
+        files = [[path.suffix, kind(path), file_digest(path, sampled)] for path in self.files]
         return digest_of([self.text_field, self.rule, files])
 
     def documents(self, shard: int, start: int = 0) -> Iterator[str]:
@@ -154,7 +154,12 @@ def _matches(place: str, name: str) -> list[Path]:
     return found
 
 
-def _file_digest(path: Path, sampled: bool) -> str:
+def file_digest(path: Path, sampled: bool = False) -> str:
+    """Digest of the bytes of a file; ``sampled``: of its size and first MiB.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             if not sampled:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -62,21 +63,23 @@ def trained_bpe(rules: str) -> PreTrainedTokenizerBase:
     )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, a sentencepiece `.model` file, or on the hub.
+def load_tokenizer(name: str, setting: str = "data.tokenizer") -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, a sentencepiece `.model` file, or on the hub; ``setting`` is where the name stands.
 
     Raises:
         UserError: not found, not readable, without an end token, or the sentencepiece extra is missing.
     """
-    place = f"`data.tokenizer` = {name!r}"
+    place = f"`{setting}` = {name!r}"
     path = Path(name).expanduser()
     if path.suffix == ".model":
         tokenizer = _sentencepiece(path, place)
     else:
         if not path.is_dir():
-            reach(name, "tokenizer", "data.tokenizer")
+            reach(name, "tokenizer", setting)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*sacremoses")  # Marian's own: its normalizer is not used
+                tokenizer = AutoTokenizer.from_pretrained(str(path))
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(
