@@ -105,7 +105,9 @@ def _train(arguments: Sequence[str]) -> None:
     outcome = train(settings, say=_say)
     if outcome.stopped_by or os.environ.get("RANK", "0") != "0":
         return
-    print(f"\n{_ending(outcome)}\nreport                 {write_report(outcome.run)}\nresume                 {outcome.resume}")
+    print(
+        f"\n{_ending(outcome)}\nreport                 {write_report(outcome.run)}\nresume                 {outcome.resume}"
+    )
 
 
 def _ending(outcome: Outcome) -> str:

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from llm_cht import dist
 from llm_cht.data.pairs import PairData, load_pairs
 from llm_cht.data.text import check_vocabulary, load_text
-from llm_cht.errors import UserError
 from llm_cht.evolve.start import check_start, draw_start
 from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.models import build_model

@@ -36,9 +36,7 @@ class Translation:
 
     figure, higher = "bleu", True
 
-    def __init__(
-        self, settings: RunSettings, data: PairData, engine: Engine, config: Any, flops: PairFlops
-    ) -> None:
+    def __init__(self, settings: RunSettings, data: PairData, engine: Engine, config: Any, flops: PairFlops) -> None:
         self._settings, self._data, self._engine, self._flops = settings, data, engine, flops
         self._start, self._pad = config.decoder_start_token_id, config.pad_token_id
         self.tokenizer, self.stream, self.fingerprint = data.tokenizer, data.train, data.fingerprint

@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, MarianMTModel
 from llm_cht.cli import main
 from llm_cht.config import parse
 from llm_cht.sparse.folder import read_topology, verify_folder
-from llm_cht.train.build import prepare_pairs
 from llm_cht.train.bleu import bleu
+from llm_cht.train.build import prepare_pairs
 from llm_cht.train.config import RunSettings
 from llm_cht.train.translation import shifted
-from tests.helpers import learned, records, told, tiny_translation
+from tests.helpers import learned, records, tiny_translation, told
 
 
 def test_a_run_leaves_a_stock_marian_and_says_its_bleu(tmp_path, capsys):
@@ -170,7 +170,10 @@ def test_which_weights_become_the_model(tmp_path, kind, steps):
 
 MISTAKES = {
     "batch_size": ({"train": {"batch_size": 8}}, "`train.batch_size` = 8", "train.batch_tokens"),
-    "no budget": ({"train": {"batch_tokens": None}}, "`train.batch_tokens`",),
+    "no budget": (
+        {"train": {"batch_tokens": None}},
+        "`train.batch_tokens`",
+    ),
     "budget": ({"train": {"batch_tokens": 5}}, "train.batch_tokens"),
     "smoothing": ({"train": {"label_smoothing": 1.0}}, "`train.label_smoothing` = 1.0"),
     "beams": ({"validation": {"decode": {"beams": 0}}}, "`validation.decode.beams` = 0"),
