@@ -105,9 +105,8 @@ def _train(arguments: Sequence[str]) -> None:
     outcome = train(settings, say=_say)
     if outcome.stopped_by or os.environ.get("RANK", "0") != "0":
         return
-    print(
-        f"\n{_ending(outcome)}\nreport                 {write_report(outcome.run)}\nresume                 {outcome.resume}"
-    )
+    report = write_report(outcome.run)
+    print(f"\n{_ending(outcome)}\nreport                 {report}\nresume                 {outcome.resume}")
 
 
 def _ending(outcome: Outcome) -> str:

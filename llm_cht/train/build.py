@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from llm_cht import dist
@@ -107,6 +108,7 @@ def _build_model(
     else:
         model = build_model(settings.model, settings.seed, "seq2seq", vocabulary_of(pairs))
         check_positions(pairs, model.config)
+    _hold_frozen(model)
     model.to(dtype=engine.model_dtype)
     if not engine.zero_stage:  # DeepSpeed moves it, in its working precision
         model.to(device=engine.device)
@@ -118,6 +120,18 @@ def _build_model(
     sparse = sparsify(model, settings.sparse)
     say(sparse.report())
     return model, sparse
+
+
+def _hold_frozen(model: nn.Module) -> None:
+    """Make buffers of parameters that are not trained (Marian's positions): ZeRO 3 would cut them up like weights.
+
+    Names and values in the state dict stay the same.
+    """
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
 
 
 def _task(

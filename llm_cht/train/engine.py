@@ -50,12 +50,12 @@ class EngineSettings:
     """sequences of an optimizer step, over all ranks, or tokens"""
     micro_batch_size: int | None
     """sequences of a forward pass on one rank, or tokens; None: all that it has"""
-    by_tokens: bool
-    """whether batches are counted in tokens: then their numbers of sequences differ, and are dealt out as they come"""
     clip_norm: float | None
     timeout_s: float
     skips_steps: bool
     """whether steps with a loss that is not finite are skipped"""
+    by_tokens: bool = False
+    """whether batches are counted in tokens: then their numbers of sequences differ, and are dealt out as they come"""
 
 
 @dataclass

@@ -88,10 +88,10 @@ def _engine_settings(settings: RunSettings) -> EngineSettings:
         train.precision,
         train.batch_tokens if by_tokens and train.batch_tokens else train.batch_size,
         train.micro_batch_tokens if by_tokens else train.micro_batch_size,
-        by_tokens,
         train.clip_norm,
         train.timeout_s,
         train.on_nonfinite == "skip",
+        by_tokens,
     )
 
 

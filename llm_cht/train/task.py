@@ -7,7 +7,7 @@ at every difference, and a trainer class per task, each with a loop of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ Inputs = Mapping[str, Tensor]
 class Work:
     """One optimizer step's batch, as one rank has it."""
 
-    parts: list[Inputs]
+    parts: Sequence[Inputs]
     """this rank's share, one for each of its forward passes"""
     targets: int
     """predicted tokens in this rank's share"""

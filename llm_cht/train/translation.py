@@ -44,7 +44,7 @@ class Translation:
     def batch(self, step: int) -> Work:
         """This rank's rows of the next batch."""
         parts, lengths = self._data.train.next(dist.rank(), dist.world_size(), self._engine.accumulation_steps)
-        return Work(list(parts), sum(self.count_targets(part) for part in parts), lengths)
+        return Work(parts, sum(self.count_targets(part) for part in parts), lengths)
 
     def count_targets(self, inputs: Inputs) -> int:
         """Tokens of the target sentences, their end tokens included."""
@@ -142,8 +142,8 @@ def checkpoint_tokenizer(path: str) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"`model.path` = {path!r}: no tokenizer can be loaded from it: {reason}; put the checkpoint's own there, or "
-            "name one in `pairs.vocabulary`"
+            f"`model.path` = {path!r}: no tokenizer can be loaded from it: {reason}; put the checkpoint's own there, or name "
+            "one in `pairs.vocabulary`"
         ) from error
 
 
