@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from llm_cht.errors import UserError
+from llm_cht.models import auto_class, kind_of
 from llm_cht.sparse.folder import Topology, save_model_folder
 from llm_cht.topology import bits
 from llm_cht.train.checkpoint import Checkpoint, resolve
@@ -38,7 +39,7 @@ def write_model(checkpoint: Checkpoint, tokenizer: Any, folder: Path, dtype: tor
     description = checkpoint.state["model"]
     config = AutoConfig.for_model(**description["config"])
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(kind_of(config)).from_config(config)
     if "generation_config" in description:
         model.generation_config = GenerationConfig.from_dict(description["generation_config"])
     shapes = {name: checkpoint.shape("model", f"{name}.weight") for name in _sparse(checkpoint)}
