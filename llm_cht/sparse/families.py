@@ -34,6 +34,8 @@ class Family:
     """key of the activation between the projections of an MLP"""
     decoder_heads: str | None = None
     """key of the attention heads of a stack named `decoder`, where it is another than `num_attention_heads`"""
+    cross: str | None = None
+    """name of the attention of a decoder over the encoder's outputs"""
 
     @property
     def layers(self) -> frozenset[str]:
@@ -52,17 +54,20 @@ FAMILIES: dict[str, Family] = {
         mlps=((("fc1",), "fc2"),),
         activation="activation_function",
         decoder_heads="decoder_attention_heads",
+        cross="encoder_attn",
     ),
     "bart": Family(
         attention=("q_proj", "k_proj", "v_proj", "out_proj"),
         mlps=((("fc1",), "fc2"),),
         activation="activation_function",
         decoder_heads="decoder_attention_heads",
+        cross="encoder_attn",
     ),
     "t5": Family(
         attention=("q", "k", "v", "o"),
         mlps=((("wi",), "wo"), (("wi_0", "wi_1"), "wo")),
         activation="dense_act_fn",
+        cross="EncDecAttention",
     ),
 }
 
@@ -86,6 +91,13 @@ def groups_of(model: nn.Module, family: Family | None, layers: Iterable[str]) ->
         )
         for parent, names in by_parent.items()
     )
+
+
+def sees_source(family: Family | None, name: str) -> bool:
+    """Whether a module of an encoder-decoder model works on source tokens: the encoder, keys and values made of it."""
+    parts = name.split(".")
+    crossing = family is not None and family.cross in parts and parts[-1] in family.attention[1:3]
+    return "encoder" in parts or crossing
 
 
 def _units(model: nn.Module, family: Family, parent: str, present: frozenset[str]) -> tuple[Unit, ...]:

@@ -137,13 +137,12 @@ def _hold_frozen(model: nn.Module) -> None:
 def _task(
     settings: RunSettings, engine: Engine, pairs: PairData | None, model: Any, sparse: SparseModel | None
 ) -> Task:
-    layers = sparse.layers if sparse else {}
+    sizes = {name: layer.mask.numel() for name, layer in sparse.layers.items()} if sparse else {}
     if pairs is not None:
-        return Translation(settings, pairs, engine, model.config, pair_flops(model, layers))
+        return Translation(settings, pairs, engine, model.config, pair_flops(model, sizes))
     data = load_text(settings.data, settings.seed)  # late: it can take hours, the mistakes above show at once
     check_vocabulary(data.tokenizer, model.config.vocab_size)
-    positions = sum(layer.mask.numel() for layer in layers.values())
-    flops = Flops(training_flops_per_token(model, settings.data.sequence_length), positions)
+    flops = Flops(training_flops_per_token(model, settings.data.sequence_length), sum(sizes.values()))
     return LanguageModelling(settings, data, engine, flops)
 
 

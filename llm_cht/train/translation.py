@@ -73,7 +73,7 @@ class Translation:
 
     def flops(self, work: Work, targets: int, density: float, dense_gradient: bool) -> float:
         """FLOPs of a step at a density."""
-        return self._flops.of_step(work.lengths, density, dense_gradient)
+        return self._flops.of_step(work.lengths, round(density * self._flops.positions), dense_gradient)
 
     def validation(self, everything: bool) -> Iterable[Inputs]:
         """The validation pairs."""
