@@ -36,16 +36,17 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its neighbours however llm_cht is installed
+
+from eval import command_line, models
 from llm_cht.data.hub import hub_source, reach
 from llm_cht.data.pack import IGNORED
 from llm_cht.data.readers import Rule
@@ -54,7 +55,8 @@ from llm_cht.data.sources import Source, builtin, is_local, local_files
 from llm_cht.data.split import Split
 from llm_cht.data.tokenizer import encode
 from llm_cht.errors import UserError
-from llm_cht.sparse.folder import read_topology, verify_folder
+
+WHAT = "a causal language model"
 
 
 def evaluate(name: str, documents: Iterable[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -63,22 +65,15 @@ def evaluate(name: str, documents: Iterable[str], options: argparse.Namespace) -
     Raises:
         UserError: model or tokenizer cannot be loaded, or does not fit the other, the text or the options.
     """
-    sparsity = _sparsity(Path(name))
-    tokenizer = _load(AutoTokenizer, name)
+    sparsity = models.sparsity(Path(name))
+    tokenizer = models.load(AutoTokenizer, name, WHAT)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no end token, which separates documents; give it an `eos_token`")
-    dtype = getattr(torch, options.dtype)
-    model, loading = _load(AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True)
-    if loading["missing_keys"]:
-        raise UserError(f"{name}: it has no weights for {min(loading['missing_keys'])}; copy or export it again")
+    model = models.load_model(AutoModelForCausalLM, name, WHAT, options.dtype)
     length, stride = _windows(name, model, options)
     shown = tqdm(documents, desc=f"read for {name}", unit=" documents", dynamic_ncols=True, disable=None)
     tokens, words, num_bytes = _read(shown, tokenizer, options.max_tokens)
-    largest, embeddings = int(tokens.max()), model.get_input_embeddings().num_embeddings
-    if largest >= embeddings:
-        raise UserError(
-            f"{name}: token {largest} of its tokenizer is none of the model's {embeddings}; are they a pair?"
-        )
+    models.check_vocabulary(name, int(tokens.max()), model.get_input_embeddings().num_embeddings)
     loss = summed_loss(model.to(options.device), tokens, length, stride, options.batch_size)
     if not math.isfinite(loss):
         raise UserError(f"{name}: its loss is not finite; if `--dtype float32` does not help, its weights are damaged")
@@ -121,32 +116,6 @@ def summed_loss(model: PreTrainedModel, tokens: Tensor, length: int, stride: int
     return total.item()
 
 
-def _find(name: str) -> None:
-    if Path(name).is_dir():
-        return
-    if is_local(name):
-        raise UserError(f"MODEL {name}: no such folder (looked from {Path.cwd()}); correct the path")
-    reach(name, "tokenizer", "MODEL")
-
-
-def _load(kind: Any, name: str, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        remedy = "give the folder or hub name of a causal language model with its tokenizer"
-        raise UserError(f"{name}: {kind.__name__} cannot load it: {reason}; {remedy}") from error
-
-
-def _sparsity(folder: Path) -> float | None:
-    if not (folder / "topology.json").exists():
-        return None
-    verify_folder(folder)
-    masks = read_topology(folder).masks.values()
-    links, size = sum(int(mask_OI.sum()) for mask_OI in masks), sum(mask_OI.numel() for mask_OI in masks)
-    return 1 - links / size if size else 0.0
-
-
 def _windows(name: str, model: PreTrainedModel, options: argparse.Namespace) -> tuple[int, int]:
     """Length and stride in tokens."""
     positions: float = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -187,44 +156,21 @@ def _exp(exponent: float) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, each row as soon as it is known; returns the exit code: 0, or 2 for a mistake of the user."""
-    logging.disable_progress_bar()  # of transformers, while it loads weights
-    logging.set_verbosity_error()  # its report of missing weights; they are an error here
-    try:
-        options = _options(arguments)
-        split = Split(_source(options), None, options.validation_fraction, None)
-        for name in options.models:
-            _find(name)
-        rows: list[dict[str, Any]] = []
-        for name in options.models:
-            documents = (text for side, text in split.source_documents() if side == "validation")
-            rows.append(evaluate(name, documents, options))
-            _show(rows[-1], max(map(len, options.models)), header=len(rows) == 1)
-        if options.json:
-            _write(options.json, json.dumps(rows, indent=1) + "\n")
-    except UserError as error:
-        print(f"perplexity.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("perplexity.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return command_line.run("perplexity.py", lambda: _tabulate(arguments))
 
 
-def _show(row: dict[str, Any], first_width: int, header: bool) -> None:
-    """Print a row, right under the header if it is the first."""
-    widths = [max(5, first_width), *(max(11, len(name)) for name in list(row)[1:])]
-    values = [f"{value:,.6g}" if isinstance(value, float) else str(value or "-") for value in row.values()]
-    for cells in ([*row], ["-" * width for width in widths], values)[0 if header else 2 :]:
-        print("|", " | ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]), "|", flush=True)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--json {path}: cannot be written: {error.strerror}; the table above has the figures"
-        ) from error
+def _tabulate(arguments: Sequence[str] | None) -> None:
+    options = _options(arguments)
+    split = Split(_source(options), None, options.validation_fraction, None)
+    for name in options.models:
+        models.find(name)
+    rows: list[dict[str, Any]] = []
+    for name in options.models:
+        documents = (text for side, text in split.source_documents() if side == "validation")
+        rows.append(evaluate(name, documents, options))
+        command_line.show(rows[-1], max(map(len, options.models)), header=len(rows) == 1)
+    if options.json:
+        command_line.write(options.json, json.dumps(rows, indent=1) + "\n", "--json")
 
 
 def _source(options: argparse.Namespace) -> Source:
@@ -237,19 +183,10 @@ def _source(options: argparse.Namespace) -> Source:
     return hub_source(names[0], options.subset, options.split, options.text_field, streaming=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
-
-
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="perplexity.py", description="Perplexity of Hugging Face causal language models on a text.")
+    parser = command_line.Parser(
+        prog="perplexity.py", description="Perplexity of Hugging Face causal language models on a text."
+    )
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="a model folder (RUN/model), or a name on the hub")
     add("--data", nargs="+", required=True, help="`builtin` (Python's library), files, folders, globs, a hub data set")
@@ -259,19 +196,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--text_documents", choices=get_args(Rule), help="what is a document of a text file (see data.text_documents)")
     add("--validation_fraction", type=float, default=1.0, help="only what data.validation_fraction holds out of a run")
     add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32", help="(%(default)s)")
-    add("--sequence_length", type=_count, help=f"tokens of a window ({DataSettings.sequence_length})")
-    add("--stride", type=_count, help="tokens from one window to the next (half a window)")
-    add("--batch_size", type=_count, default=8, help="windows at once (%(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
-    add("--max_tokens", type=_count, help="only the first documents, of at most so many tokens together")
+    add("--sequence_length", type=command_line.count, help=f"tokens of a window ({DataSettings.sequence_length})")
+    add("--stride", type=command_line.count, help="tokens from one window to the next (half a window)")
+    add("--batch_size", type=command_line.count, default=8, help="windows at once (%(default)s)")
+    command_line.add_device(parser)
+    add("--max_tokens", type=command_line.count, help="only the first documents, of at most so many tokens together")
     add("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
     if not 0 < options.validation_fraction <= 1:
         raise UserError(f"--validation_fraction {options.validation_fraction}: give a fraction above 0, at most 1")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use cpu or auto")
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = command_line.device(options)
     return options
 
 

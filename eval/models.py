@@ -1,0 +1,59 @@
+"""Model folders and hub names of the command line: found, loaded, and how sparse they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from llm_cht.data.hub import reach
+from llm_cht.data.sources import is_local
+from llm_cht.errors import UserError
+from llm_cht.sparse.folder import read_topology, verify_folder
+
+
+def find(name: str) -> None:
+    """Refuse the name of a model that is neither a folder nor on the hub."""
+    if Path(name).is_dir():
+        return
+    if is_local(name):
+        raise UserError(f"MODEL {name}: no such folder (looked from {Path.cwd()}); correct the path")
+    reach(name, "tokenizer", "MODEL")
+
+
+def load(kind: Any, name: str, what: str, **options: Any) -> Any:
+    """``kind.from_pretrained``, whose errors become one sentence; ``what`` says which kind of model is wanted."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        remedy = f"give the folder or hub name of {what} with its tokenizer"
+        raise UserError(f"{name}: {kind.__name__} cannot load it: {reason}; {remedy}") from error
+
+
+def load_model(kind: Any, name: str, what: str, dtype: str) -> Any:
+    """A model whose weights are all there, in ``dtype``, on the CPU."""
+    model, loading = load(kind, name, what, dtype=getattr(torch, dtype), output_loading_info=True)
+    if loading["missing_keys"]:
+        raise UserError(f"{name}: it has no weights for {min(loading['missing_keys'])}; copy or export it again")
+    return model
+
+
+def check_vocabulary(name: str, largest: int, embeddings: int) -> None:
+    """Refuse a tokenizer whose token ``largest`` the model has no embedding for."""
+    if largest >= embeddings:
+        raise UserError(
+            f"{name}: token {largest} of its tokenizer is none of the model's {embeddings}; are they a pair?"
+        )
+
+
+def sparsity(folder: Path) -> float | None:
+    """Share of missing links in the layers of ``topology.json``, whose weights are checked to be 0 there."""
+    if not (folder / "topology.json").exists():
+        return None
+    verify_folder(folder)
+    masks = read_topology(folder).masks.values()
+    links, size = sum(int(mask_OI.sum()) for mask_OI in masks), sum(mask_OI.numel() for mask_OI in masks)
+    return 1 - links / size if size else 0.0
