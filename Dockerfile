@@ -24,6 +24,6 @@ COPY llm_cht llm_cht
 COPY configs configs
 COPY launch launch
 COPY eval eval
-RUN pip install --no-cache-dir --constraint constraints.txt ".[sentencepiece,deepspeed]"
+RUN pip install --no-cache-dir --constraint constraints.txt ".[deepspeed]"
 
 CMD ["llm-cht", "--help"]

@@ -15,8 +15,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
 from llm_cht.data.hub import reach
 from llm_cht.errors import UserError
@@ -67,7 +69,7 @@ def load_tokenizer(name: str, setting: str = "data.tokenizer") -> PreTrainedToke
     """The tokenizer in a folder, a sentencepiece `.model` file, or on the hub; ``setting`` is where the name stands.
 
     Raises:
-        UserError: not found, not readable, without an end token, or the sentencepiece extra is missing.
+        UserError: not found, not readable, without an end token.
     """
     place = f"`{setting}` = {name!r}"
     path = Path(name).expanduser()
@@ -130,13 +132,8 @@ def _sentencepiece(path: Path, place: str) -> PreTrainedTokenizerBase:
     transformers reads vocabulary and merges, but leaves out the model's own treatment of spaces, which is put back.
     """
     try:
-        import sentencepiece
-        from transformers.convert_slow_tokenizer import SentencePieceExtractor
-
         sentencepiece.SentencePieceProcessor(model_file=str(path))  # loads it, or says that it is none
         spec = SentencePieceExtractor(str(path)).proto.normalizer_spec
-    except ImportError as error:
-        raise UserError(f"{place}: needs sentencepiece; `pip install llm-cht[sentencepiece]`") from error
     except (OSError, RuntimeError) as error:
         raise UserError(f"{place}: not a sentencepiece model file; correct the path or fetch it again") from error
     steps: list[normalizers.Normalizer] = []

@@ -4,9 +4,9 @@ import hashlib
 import io
 import json
 import lzma
-import sys
 
 import pytest
+import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -81,15 +81,8 @@ def test_tokenizers_that_are_not_there(tmp_path):
             load_tokenizer(str(name))
 
 
-def test_missing_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(UserError, match=r"pip install llm-cht\[sentencepiece\]"):
-        load_tokenizer(str(tmp_path / "a.model"))
-
-
 @pytest.mark.parametrize(("kind", "rule"), [("bpe", "identity"), ("bpe", "nmt_nfkc"), ("unigram", "nmt_nfkc")])
 def test_sentencepiece_models_give_their_own_tokens(tmp_path, data_dir, kind, rule):
-    sentencepiece = pytest.importorskip("sentencepiece")
     with lzma.open(data_dir / "openwebtext_1k" / "openwebtext_1k.jsonl.xz", "rt", encoding="utf-8") as file:
         lines = file.readlines(100_000)
     texts = [part for line in lines for part in json.loads(line)["text"].split("\n") if part]
