@@ -104,8 +104,8 @@ class Translator:
         """Hypotheses in the order of the sources; a blank source becomes "" without a look at the model.
 
         Raises:
-            UserError: a source has more tokens than the model has positions, or the model does not name its end,
-                padding or start token.
+            UserError: a source has more tokens than the model has positions, the model does not name its end, padding
+                or start token, or it gives a token that the tokenizer does not know.
         """
         hypotheses = [""] * len(sources)
         numbers = [number for number, source in enumerate(sources) if source.strip()]
@@ -122,27 +122,25 @@ class Translator:
         self.model.eval()
         try:
             with _config_put_aside(self.model):
-                own = [text for batch in self.shown(own_batches) for text in self._generate(batch, tokens, special)]
+                own = [row for batch in self.shown(own_batches) for row in self._generate(batch, tokens, special)]
                 for batch in batches[:idle]:
                     self._generate(batch, tokens, special)
         finally:
             self.model.train(training)
-        for r, texts in enumerate(dist.gather(own) if self.collective else [own]):
+        for r, rows in enumerate(dist.gather(own) if self.collective else [own]):
             translated = [number for batch in batches[r::world] for number in batch]
-            for number, text in zip(translated, texts, strict=True):
-                hypotheses[number] = text
+            for number, row in zip(translated, rows, strict=True):
+                hypotheses[number] = self._text(row)
         return hypotheses
 
     def _check(self, tokens: dict[int, list[int]]) -> None:
         positions = _positions(self.model)
         for number, own in tokens.items():
             if positions is not None and len(own) > positions:
-                error = UserError(
+                raise self._error(
                     f"source line {number + 1}: {len(own)} tokens, but the model has {positions} positions; "
                     "shorten, split or leave out this line"
                 )
-                error.everywhere = self.collective
-                raise error
 
     def _batches(self, lengths: dict[int, int]) -> list[Batch]:
         """Batches of numbers; ``lengths``: number -> tokens."""
@@ -156,7 +154,8 @@ class Translator:
         in_order, size = list(lengths), -(-len(lengths) // len(batches))
         return [in_order[start : start + size] for start in range(0, len(in_order), size)]
 
-    def _generate(self, batch: Batch, tokens: dict[int, list[int]], special: dict[str, Any]) -> list[str]:
+    def _generate(self, batch: Batch, tokens: dict[int, list[int]], special: dict[str, Any]) -> list[list[int]]:
+        """Tokens of the hypotheses, without start and end token."""
         settings, device = self.settings, self.model.device
         own = [tokens[number] for number in batch]
         longest, positions = max(map(len, own)), _positions(self.model)
@@ -183,11 +182,22 @@ class Translator:
                 logits_processor=LogitsProcessorList([_EndAtLimit(rows, pad, end)]),
                 synced_gpus=self.collective and dist.world_size() > 1 and _is_sharded(self.model),
             )
-        return [self._text(row, end) for row in found_RT[:, 1:].tolist()]  # the first is the start token
+        return [_up_to(end, row) for row in found_RT[:, 1:].tolist()]  # the first is the start token
 
-    def _text(self, row: list[int], end: list[int]) -> str:
-        stop = next((place for place, token in enumerate(row) if token in end), len(row))
-        return self.tokenizer.decode(row[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _text(self, tokens: list[int]) -> str:
+        try:
+            return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        except IndexError:  # of sentencepiece, as Marian asks it
+            raise self._error(
+                f"the model gives token {max(tokens)}, which its tokenizer does not know; are they a pair?"
+            ) from None
+
+    def _error(self, message: str) -> UserError:
+        return dist.agreed(message) if self.collective else UserError(message)
+
+
+def _up_to(end: list[int], row: list[int]) -> list[int]:
+    return row[: next((place for place, token in enumerate(row) if token in end), len(row))]
 
 
 class _EndAtLimit(LogitsProcessor):
