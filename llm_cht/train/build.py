@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from llm_cht import dist
+from llm_cht.data.pair_vocabulary import TRAINED
 from llm_cht.data.pairs import PairData, load_pairs
 from llm_cht.data.text import check_vocabulary, load_text
 from llm_cht.evolve.start import check_start, draw_start
