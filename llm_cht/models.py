@@ -6,6 +6,7 @@ of the transformers config. Anything else is what ``AutoConfig`` and the ``AutoM
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -185,7 +186,17 @@ def _load(path: str, settings: ModelSettings, kind: Kind) -> PreTrainedModel:
             f"`model.path` = {path!r}: {len(lacking)} weights are missing there or have another size, e.g. "
             f"`{lacking[0]}`; give a whole model, and no sizes in `model.overrides`"
         )
+    _freeze(model)
     return model
+
+
+def _freeze(model: PreTrainedModel) -> None:
+    """Keep from training what a new model does not train (Marian's positions): loading forgets that, saving not."""
+    with torch.device("meta"):
+        new = auto_class(kind_of(model.config)).from_config(copy.deepcopy(model.config))
+    for name, parameter in new.named_parameters():
+        if not parameter.requires_grad:
+            model.get_parameter(name).requires_grad_(False)
 
 
 def _no_model(path: str, error: Exception) -> UserError:

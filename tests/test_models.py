@@ -142,6 +142,8 @@ def test_a_checkpoint_keeps_its_tables_and_fits_or_is_refused(tmp_path):
     stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in stock.state_dict().items())
     assert AutoConfig.from_pretrained(tmp_path).to_dict() == model.config.to_dict()
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == [f"model.{stack}coder.embed_positions.weight" for stack in ("en", "de")]  # loading forgets it
     wrong = {
         r"does not match the checkpoint: 70 source tokens, 64 embeddings": Vocabulary(70, 70, 3, 2, joint=True),
         r"does not match the checkpoint: its `eos_token_id` is 2, the tokenizer's 1": Vocabulary(40, 40, 3, 1, True),
