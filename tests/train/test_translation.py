@@ -13,12 +13,15 @@ from transformers import AutoTokenizer, MarianMTModel
 
 from llm_cht.cli import main
 from llm_cht.config import parse
+from llm_cht.models import build_model
 from llm_cht.sparse.folder import read_topology, verify_folder
 from llm_cht.train.bleu import bleu
 from llm_cht.train.build import prepare_pairs
 from llm_cht.train.config import RunSettings
-from llm_cht.train.translation import shifted
-from tests.helpers import learned, records, tiny_translation, told
+from llm_cht.train.translation import shifted, vocabulary_of
+from tests.helpers import PAIR_MODEL, learned, records, tiny_config, tiny_translation, told
+
+CERTAIN = PAIR_MODEL | {"dropout": 0.0, "attention_dropout": 0.0}
 
 
 def test_a_run_leaves_a_stock_marian_and_says_its_bleu(tmp_path, capsys):
@@ -74,16 +77,14 @@ def test_a_dense_run_equals_a_plain_loop_over_stock_marian(tmp_path):
     config = tiny_translation(
         tmp_path,
         method={"preset": "dense", "sparsity": 0.0},
-        model={"overrides": {**_overrides(config_only=True), "dropout": 0.0}},
+        model={"overrides": CERTAIN},
+        optimizer={"lr": 0.02},
         train={"steps": 8, "clip_norm": None},
         validation={"every": None},
     )
     assert main(["train", str(config)]) == 0
     settings = parse(RunSettings, "x", [str(config)])
     pairs = prepare_pairs(settings)
-    from llm_cht.models import build_model
-    from llm_cht.train.translation import vocabulary_of
-
     model = build_model(settings.model, settings.seed, "seq2seq", vocabulary_of(pairs)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2]}, {"params": [p for p in trained if p.dim() < 2]}]
@@ -91,7 +92,7 @@ def test_a_dense_run_equals_a_plain_loop_over_stock_marian(tmp_path):
     losses = []
     for step in range(1, 9):
         for group in optimizer.param_groups:
-            group["lr"] = 0.5 * 16**-0.5 * min(step**-0.5, step * 4**-1.5)
+            group["lr"] = 0.02 * 16**-0.5 * min(step**-0.5, step * 4**-1.5)
         (batch,), _ = pairs.train.next(0, 1, 1)
         decoder_inputs = model.prepare_decoder_input_ids_from_labels(batch["labels"])
         logits = model(batch["input_ids"], batch["attention_mask"], decoder_inputs).logits
@@ -110,12 +111,6 @@ def test_a_dense_run_equals_a_plain_loop_over_stock_marian(tmp_path):
             torch.testing.assert_close(saved[name], value, rtol=1e-4, atol=1e-5)
 
 
-def _overrides(config_only: bool) -> dict[str, object]:
-    from tests.helpers import PAIR_MODEL
-
-    return dict(PAIR_MODEL)
-
-
 def test_what_the_decoder_reads():
     labels = torch.tensor([[7, 8, 2, -100], [9, 2, -100, -100]])
     assert shifted(labels, start=1, pad=0).tolist() == [[1, 7, 8, 2], [1, 9, 2, 0]]
@@ -130,7 +125,7 @@ def test_accumulation_is_exact(tmp_path, micro):
         folder.mkdir()
         config = tiny_translation(
             folder,
-            model={"overrides": {**_overrides(config_only=True), "dropout": 0.0}},
+            model={"overrides": CERTAIN},
             train={"steps": 8, "micro_batch_tokens": tokens},
             validation={"every": None},
         )
@@ -195,8 +190,6 @@ def test_mistakes_are_told_and_leave_nothing(tmp_path, capsys, name):
 
 
 def test_settings_of_translation_are_refused_for_text(tmp_path, capsys):
-    from tests.helpers import tiny_config
-
     code = main(["train", str(tiny_config(tmp_path, train={"label_smoothing": 0.1}))])
     told(code, capsys.readouterr().err, "`train.label_smoothing` = 0.1", "task")
 
@@ -209,7 +202,7 @@ def test_export_gives_the_same_bleu_as_the_run(tmp_path):
     code = [sys.executable, "eval/bleu.py", str(tmp_path / "model"), "--source", str(tmp_path / "test.en")]
     code += ["--reference", str(tmp_path / "test.de"), "--output", str(out)]
     subprocess.run(code, check=True, capture_output=True, cwd=Path(__file__).parents[2])
-    hypotheses = next(out.glob("*.txt")).read_text().split("\n")[:-1]
+    hypotheses = (out / "model.txt").read_text().split("\n")[:-1]
     end = records(tmp_path / "run", "end")[0]["summary"]
     references = (tmp_path / "test.de").read_text().splitlines()
     assert bleu(hypotheses, references).score == pytest.approx(end["test_bleu"], abs=0.05)
