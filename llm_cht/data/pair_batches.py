@@ -129,8 +129,12 @@ class HeldOut:
 
 
 def by_length(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The order of pairs from short to long; equal ones stay in order."""
-    return np.lexsort((sources, targets, sources + targets))
+    """The order of pairs by the longer side, and among equals by the other one, to and fro; equal ones stay in order.
+
+    Neighbours are then alike on both sides: half the padding of the order by both sides' sum.
+    """
+    longer = np.maximum(sources, targets)
+    return np.lexsort((np.where(longer % 2, targets - sources, sources - targets), longer))
 
 
 def cut(order: np.ndarray, sources: np.ndarray, targets: np.ndarray, budget: int) -> list[np.ndarray]:

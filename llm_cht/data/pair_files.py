@@ -163,6 +163,7 @@ class HubPairs:
     subset: str | None
     split: str
     languages: Pair
+    setting: str
 
     @property
     def place(self) -> str:
@@ -171,7 +172,7 @@ class HubPairs:
 
     @cached_property
     def _rows(self) -> tuple[Any, str]:
-        return load_split(self.name, self.subset, self.split, streaming=False, setting="pairs.train")
+        return load_split(self.name, self.subset, self.split, streaming=False, setting=self.setting)
 
     def content(self) -> str:
         """Digest of the data set's version, split and fields; nothing is read."""
@@ -230,7 +231,7 @@ def pair_sources(settings: PairSettings) -> dict[str, PairSource]:
             continue
         if on_hub(settings) and isinstance(name, str) and _is_split(name):
             train = cast(HubPairs, sources["train"])
-            sources[split] = HubPairs(train.name, train.subset, name, train.languages)
+            sources[split] = HubPairs(train.name, train.subset, name, train.languages, f"pairs.{split}")
         else:
             sources[split] = _source(f"pairs.{split}", name, settings)
     return sources
@@ -248,11 +249,9 @@ def absolute_name(place: str, setting: str | list[str] | None, settings: PairSet
     if isinstance(setting, list):
         return [absolute(expanded(name, place)) for name in setting]
     name = expanded(setting, place)
-    if place == "pairs.train":
-        local = _is_local(name, settings)
-    else:
-        local = not (on_hub(settings) and _is_split(name))
-    return absolute(name) if local else name
+    named_split = place != "pairs.train" and on_hub(settings) and _is_split(name)
+    hub = named_split or (place == "pairs.train" and not _is_local(name, settings))
+    return name if hub else absolute(name)
 
 
 def _source(place: str, setting: str | list[str], settings: PairSettings) -> PairSource:
@@ -270,12 +269,19 @@ def _source(place: str, setting: str | list[str], settings: PairSettings) -> Pai
     if _is_records(name) and not any(_candidates(name, languages[0])):
         raise UserError(f"`{place}` = {setting!r}: no such file (looked from {Path.cwd()}); correct the path")
     if place == "pairs.train" and not _is_local(name, settings):
-        try:
-            reach(name, "data set", place)
-        except UserError as error:
-            raise UserError(f"{error} (no files {_tried(name, languages)} here)") from error
-        return HubPairs(name, settings.subset, settings.split, languages)
+        return _of_hub(name, settings)
     return _aligned(place, *(_Text(_found(place, setting, name, language)) for language in languages))
+
+
+def _of_hub(name: str, settings: PairSettings) -> HubPairs:
+    languages = settings.source, settings.target
+    found = HubPairs(name, settings.subset, settings.split, languages, "pairs.train")
+    try:
+        reach(name, "data set", "pairs.train")
+        found.content()
+    except UserError as error:
+        raise UserError(f"{error} (and there is none of {_tried(name, languages)} here)") from error
+    return found
 
 
 def _found(place: str, setting: str, prefix: str, language: str) -> Path:
@@ -312,6 +318,7 @@ def _archived(place: str, path: Path, languages: Pair) -> PairSource:
         ]
     sides = [[name for name in names if name.endswith(f".{language}")] for language in languages]
     records = [name for name in names if Path(name).suffix in _RECORDS]
+    records = [name for name in records if not name.endswith(".txt")] or records  # rather than a README.txt
     if [len(side) for side in sides] == [1, 1]:
         return _aligned(place, _Text(path, sides[0][0]), _Text(path, sides[1][0]))
     if not any(sides) and len(records) == 1:

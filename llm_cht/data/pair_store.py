@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -93,12 +92,8 @@ class PairWriter:
         self._ends[side].append(ends)
         self._tokens[side] += int(lengths.sum())
 
-    def __enter__(self) -> PairWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the files."""
         for array in (*self._ids, *self._ends):
             array.close()
 

@@ -6,11 +6,11 @@ text: ``split_special_tokens`` is saved with the tokenizer, and `<` is always a 
 unknown characters could come out as `<pad>`. Marian itself takes `>>...<<` at the start of a text for one token, a
 language code; it becomes <unk>, here as in the exported folder.
 
-`word` is a sentencepiece model of whole words whose normalizer puts spaces around punctuation (not apostrophe and hyphen;
-it knows no context, so 3.5 is split too): raw text goes in here as well, and what comes out keeps those spaces. Several
-unknown words in a row are one <unk>. Lower case is made by the normalizer as well, letter by letter: sentencepiece's
-own case folding (nmt_nfkc_cf) writes ss for ß, which no reference does. Rejected: byte fallback (256 tokens of a small
-vocabulary), and a tokenizer of our own (an exported folder must open with stock transformers).
+`word` is a sentencepiece model of whole words whose normalizer puts spaces around punctuation (not apostrophe and
+hyphen; it knows no context, so 3.5 is split too): raw text goes in here as well, and what comes out keeps those spaces.
+Several unknown words in a row are one <unk>. Lower case is made by the normalizer as well, letter by letter:
+sentencepiece's own case folding (nmt_nfkc_cf) writes ss for ß, which no reference does. Rejected: byte fallback (256
+tokens of a small vocabulary), and a tokenizer of our own (an exported folder must open with stock transformers).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -39,7 +40,7 @@ _PAD, _END, _UNKNOWN = 0, 1, 2
 _SAMPLE_PAIRS = 1_000_000  # that train a vocabulary: some GB at work, and more change it no further
 _COVERAGE = 0.999999  # of the text's characters: all of a small corpus, without the stray scripts of a crawled one
 _THREADS = 16  # on any machine: unigram scores are summed by thread, and another number gives another vocabulary
-_PUNCTUATION = re.compile(r"\.\.\.|[,.!?;:\"()\[\]{}„“”«»‹›¿¡…]")
+_PUNCTUATION = re.compile(r"\.\.\.|[,.!?;:\"()\[\]{}„“”«»\u2039\u203a¿¡…]")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int], side: int) -> 
     if side == 0 and _is_separate(tokenizer):
         by_number = {number: piece for piece, number in tokenizer.encoder.items()}
         return [by_number[token] for token in tokens]
-    return tokenizer.convert_ids_to_tokens(tokens)
+    return list(tokenizer.convert_ids_to_tokens(tokens))
 
 
 class Encoder:
@@ -148,6 +149,9 @@ class Encoder:
         self._end = tokenizer.eos_token_id
         self._models = _own_models(tokenizer)
         self._ends_target = self._end in tokenizer(text_target="a")["input_ids"]
+        self.sizes = vocabulary_sizes(tokenizer)
+        self.blank = [len(self([""], side)[0]) for side in (0, 1)]
+        """tokens of a source and of a target without text"""
 
     def __call__(self, texts: list[str], side: int) -> list[np.ndarray]:
         """Tokens (int32) of each text; side 0 is the source, 1 the target."""
@@ -168,7 +172,7 @@ class Encoder:
         return [np.array([*ids, *end], dtype=np.int32) for ids in tokens]
 
 
-def _own_models(tokenizer: PreTrainedTokenizerBase) -> list[sentencepiece.SentencePieceProcessor]:
+def _own_models(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """Source and target model of a tokenizer whose token numbers are those of the models; else none."""
     if not isinstance(tokenizer, MarianTokenizer) or not tokenizer.split_special_tokens:
         return []
@@ -198,7 +202,7 @@ def _quietly(make, *arguments, **options) -> PreTrainedTokenizerBase:  # type: i
 def _train(texts: list[str], how: VocabularySettings) -> bytes:
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as scratch:
-        rules = {}
+        rules: dict[str, Any] = {}
         if how.lowercase or how.kind == "word":
             path = Path(scratch, "rules.tsv")
             path.write_text(_rules(how.lowercase, spaced=how.kind == "word"), encoding="utf-8")
