@@ -142,8 +142,8 @@ def checkpoint_tokenizer(path: str) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"`model.path` = {path!r}: no tokenizer can be loaded from it: {reason}; put the checkpoint's own there, or "
-            "name one in `pairs.vocabulary`"
+            f"`model.path` = {path!r}: no tokenizer can be loaded from it: {reason}; put the checkpoint's own there, "
+            "or name one in `pairs.vocabulary`"
         ) from error
 
 

@@ -202,7 +202,8 @@ def test_export_gives_the_same_bleu_as_the_run(tmp_path):
     code = [sys.executable, "eval/bleu.py", str(tmp_path / "model"), "--source", str(tmp_path / "test.en")]
     code += ["--reference", str(tmp_path / "test.de"), "--output", str(out)]
     subprocess.run(code, check=True, capture_output=True, cwd=Path(__file__).parents[2])
-    hypotheses = (out / "model.txt").read_text().split("\n")[:-1]
+    (written,) = (path for path in out.iterdir() if path.name != "references.txt")
+    hypotheses = written.read_text().split("\n")[:-1]
     end = records(tmp_path / "run", "end")[0]["summary"]
     references = (tmp_path / "test.de").read_text().splitlines()
     assert bleu(hypotheses, references).score == pytest.approx(end["test_bleu"], abs=0.05)
