@@ -234,7 +234,7 @@ def _sweep(arguments: Sequence[str]) -> int:
 def _methods(arguments: Sequence[str]) -> None:
     import yaml
 
-    from llm_cht.topology.presets import PRESETS, overview
+    from llm_cht.topology.presets import PRESETS, overview, preset
 
     if not arguments:
         rows = overview()
@@ -252,6 +252,9 @@ def _methods(arguments: Sequence[str]) -> None:
     if name not in PRESETS:
         raise UserError(f"unknown method `{name}`; {nearest(name, PRESETS)}")
     print(yaml.safe_dump({"method": {"preset": name, **PRESETS[name]}}, sort_keys=False), end="")
+    other = {key: value for key, value in preset(name, "translation").items() if value != PRESETS[name][key]}
+    if other:
+        print(f"# task: translation has {', '.join(f'{key}: {value}' for key, value in other.items())}")
 
 
 def _refuse(message: str) -> NoReturn:

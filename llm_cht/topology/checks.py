@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from llm_cht.errors import UserError
 from llm_cht.topology import link, score
 from llm_cht.topology.initial import STARTS
-from llm_cht.topology.presets import PRESETS
+from llm_cht.topology.presets import PRESETS, TASKS, preset
 from llm_cht.topology.schedule import SHAPES, check_name
 from llm_cht.topology.settings import MethodSettings
 from llm_cht.topology.weights import WEIGHTS
@@ -193,11 +193,11 @@ def without_effect(s: Any) -> list[str]:
         "per_head": (evolves, "zeta above 0"),
         "early_stop": (evolves, "zeta above 0"),
     }
-    row = PRESETS[s.preset]
+    own = [preset(s.preset, task) for task in TASKS]
     return [
         f"`method.{key}` = {getattr(s, key)} has no effect without `method.{condition}`"
         for key, (is_met, condition) in needed.items()
-        if getattr(s, key) != row[key] and not is_met
+        if all(getattr(s, key) != row[key] for row in own) and not is_met
     ]
 
 

@@ -16,7 +16,7 @@ from llm_cht.errors import UserError
 from llm_cht.topology import link, score
 from llm_cht.topology.budget import budget_links
 from llm_cht.topology.checks import check_dense, check_ranges, check_together, refuse
-from llm_cht.topology.presets import PRESETS
+from llm_cht.topology.presets import PRESETS, preset
 from llm_cht.topology.schedule import Anneal, AnyDensity, Density, Stages, StepTable, Temperature, Updates, check_name
 from llm_cht.topology.schedule import density_window as _window
 from llm_cht.topology.settings import MethodSettings
@@ -100,8 +100,8 @@ class Method:
         return {name: Target(count, kept[name]) for name, count in links.items()}
 
 
-def resolve(settings: MethodSettings, total_steps: int) -> Method:
-    """The method that ``settings`` ask for in a run of ``total_steps`` optimizer steps.
+def resolve(settings: MethodSettings, total_steps: int, task: str = "language_modelling") -> Method:
+    """The method that ``settings`` ask for in a run of ``total_steps`` optimizer steps, of a task of ``TASKS``.
 
     Raises:
         UserError: a fraction outside its range, an interval below 1, an end beyond the run, settings that contradict
@@ -109,7 +109,7 @@ def resolve(settings: MethodSettings, total_steps: int) -> Method:
     """
     given = {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) is not None}
     check_name("preset", settings.preset, PRESETS)
-    full: Any = MethodSettings(**(PRESETS[settings.preset] | given))
+    full: Any = MethodSettings(**(preset(settings.preset, task) | given))
     if settings.preset == "dense":
         check_dense(full)
         full = replace(full, sparsity=0.0)

@@ -1,7 +1,7 @@
 """The methods of the papers as rows of data over ``MethodSettings``; the engine has no branch on their names.
 
 A row sets every open setting, so that what a method is can be read in one place: the baseline that evolves nothing, and
-what each method changes of it. Values of the papers' LLaMA runs; a config overrides them for other models.
+what each method changes of it. The rows are the papers' LLaMA runs; ``preset`` gives those of other tasks.
 """
 
 from __future__ import annotations
@@ -76,6 +76,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "chtss": _CHTS | {"density": "sigmoid", "half_window": True, "pruning": "relative_importance"},
 }
 
+TASKS: dict[str, dict[str, Any]] = {
+    "language_modelling": {},
+    "translation": {"brf_r": 0.25, "temperature_end": 3.0, "zeta": 0.3},
+}
+"""what the papers set otherwise in runs of a task (002, Tables 4 to 6 and Fig. 7a)"""
+
 SOURCES = {
     "dense": "the unmodified model",
     "static": "a random topology that stays",
@@ -91,6 +97,13 @@ SOURCES = {
     "chtss": "002",
 }
 """where each method is defined; 000 and 002 are the papers of CHT and of CHTs"""
+
+
+def preset(name: str, task: str) -> dict[str, Any]:
+    """Every setting of a method as the papers have it in runs of ``task``; what removes no links goes on doing so."""
+    row = PRESETS[name]
+    other = TASKS[task] if name != "dense" else {}
+    return row | {key: value for key, value in other.items() if key != "zeta" or row["zeta"] > 0}
 
 
 def overview() -> list[tuple[str, ...]]:

@@ -64,7 +64,7 @@ def build(settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str
         UserError: from any part, before anything is written to the run folder.
     """
     train = settings.train
-    method = resolve(settings.method, train.steps)
+    method = resolve(settings.method, train.steps, settings.task)
     start = None
     with dist.together(patient=True):
         pairs = prepare_pairs(settings) if settings.task == "translation" else None

@@ -151,7 +151,7 @@ def exported(settings: RunSettings) -> Literal["last", "best", "average"]:
 
 
 def _method(settings: RunSettings) -> MethodSettings:
-    method: MethodSettings = resolve(settings.method, settings.train.steps).settings
+    method: MethodSettings = resolve(settings.method, settings.train.steps, settings.task).settings
     return method if method.initial_path is None else replace(method, initial_path=absolute(method.initial_path))
 
 
@@ -190,7 +190,7 @@ def check(settings: RunSettings) -> None:
     _check_task(settings)
     _check_export(settings)
     _check_length(settings)
-    method = resolve(settings.method, train.steps)
+    method = resolve(settings.method, train.steps, settings.task)
     if method.settings.initial == "checkpoint" and settings.model.path is None:
         raise UserError("`method.initial: checkpoint` takes the links from trained weights; give `model.path`")
     lr.check(settings.lr, train.steps)

@@ -161,3 +161,13 @@ def test_the_help_of_a_setting_names_all_its_rules():
     for names in (PRESETS, STARTS, WEIGHTS, SCORES, PREDICTORS, SHAPES):
         for name in names:
             assert re.search(rf"\b{name}\b", text), name
+
+
+def test_presets_of_translation_differ_where_the_papers_do():
+    for name, zeta in (("set", 0.3), ("chts", 0.3), ("gmp", 0.0), ("mest", 0.0), ("dense", 0.0)):
+        assert resolve(MethodSettings(name), 1000, "translation").settings.zeta == zeta
+    chts = resolve(MethodSettings("chts"), 1000, "translation")
+    assert (chts.settings.brf_r, chts.settings.temperature_start, chts.settings.temperature_end) == (0.25, 1.0, 3.0)
+    assert resolve(MethodSettings("chts", zeta=0.2), 1000, "translation").settings.zeta == 0.2
+    assert resolve(chts.settings, 1000, "translation") == chts
+    assert without_effect(resolve(MethodSettings("static"), 1000, "translation").settings) == []

@@ -38,6 +38,7 @@ def test_recipe_is_taken_and_short(path: Path):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
 def test_every_run_of_a_sweep_is_taken(path: Path, monkeypatch):
     monkeypatch.chdir(configs_folder().parent)  # the files name each other from the root of the repository
+    monkeypatch.setenv("LLM_CHT_DATA", "data")
     runs = plan(load_sweep(str(path)), [])[1]
     assert len(runs) > 1
     assert len({run.name for run in runs}) == len(runs)
