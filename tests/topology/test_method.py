@@ -9,6 +9,7 @@ import pytest
 
 from llm_cht.errors import UserError
 from llm_cht.topology import settings
+from llm_cht.topology.checks import without_effect
 from llm_cht.topology.initial import STARTS
 from llm_cht.topology.link import PREDICTORS
 from llm_cht.topology.method import resolve
