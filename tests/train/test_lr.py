@@ -5,6 +5,8 @@ import math
 import pytest
 
 from llm_cht.errors import UserError
+from llm_cht.topology.method import resolve
+from llm_cht.topology.settings import MethodSettings
 from llm_cht.train.lr import LrSettings, base_factor, check, rewarm_factor
 
 
@@ -98,3 +100,37 @@ def test_contradictions_are_refused(settings: dict, message: str):
 def test_whole_run_as_warmup_and_whole_rest_as_decay_are_allowed():
     check(LrSettings(warmup_steps=100), 100)
     check(LrSettings("wsd", warmup_steps=60, decay_steps=40), 100)
+
+
+INOAM = {  # d_model 512, warm-up 1000, updates after steps 100, 200, ..., 3700 (end_step 3750), 20 steps of re-warm-up
+    1: 1 * 1000**-1.5,
+    20: 20 * 1000**-1.5,
+    99: 99 * 1000**-1.5,
+    100: 100 * 1000**-1.5,  # the update follows this step
+    101: 101 * 1000**-1.5 * 1 / 20,
+    110: 110 * 1000**-1.5 * 10 / 20,
+    119: 119 * 1000**-1.5 * 19 / 20,
+    120: 120 * 1000**-1.5,
+    1000: 1000**-0.5,
+    1001: 1001**-0.5 * 1 / 20,
+    1050: 1050**-0.5,
+    3701: 3701**-0.5 * 1 / 20,
+    3720: 3720**-0.5,
+    3801: 3801**-0.5,  # after end_step there is no update
+    5000: 5000**-0.5,
+}
+
+
+@pytest.mark.parametrize("step", INOAM)
+def test_inoam_by_hand(step):
+    settings = LrSettings(schedule="inoam", warmup_steps=1000)
+    updates = resolve(MethodSettings("chts"), 5000, "translation").updates
+    last_update = max((earlier for earlier in range(1, step) if updates.due(earlier)), default=None)
+    factor = base_factor(settings, step, 5000, width=512) * rewarm_factor(settings, step, last_update, 100)
+    assert factor == pytest.approx(512**-0.5 * INOAM[step], rel=1e-12)
+
+
+def test_inoam_peaks_at_the_inverse_root_of_width_and_warm_up():
+    settings = LrSettings(schedule="inoam", warmup_steps=400)
+    values = [base_factor(settings, step, 2000, width=256) for step in range(1, 2001)]
+    assert max(values) == values[399] == pytest.approx((256 * 400) ** -0.5)
