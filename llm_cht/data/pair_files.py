@@ -14,7 +14,6 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,8 +65,7 @@ class _Text:
         """`.tsv`, `.jsonl`, ...: the extension below any compression."""
         return _extension(self.member or self.path.name)
 
-    @contextmanager
-    def lines(self) -> Iterator[Iterator[str]]:
+    def lines(self) -> Iterator[str]:
         """Its lines, with their ends."""
         with reading(self.path), contextlib.ExitStack() as stack:
             if self.member is None:
@@ -75,7 +73,7 @@ class _Text:
             else:
                 archive = stack.enter_context(zipfile.ZipFile(self.path))
                 file = cast(BinaryIO, stack.enter_context(_member(archive, self.member, self.path)))
-            yield decoded(file, str(self))
+            yield from decoded(file, str(self))
 
 
 @dataclass(frozen=True)
@@ -95,12 +93,12 @@ class AlignedFiles:
 
     def pairs(self) -> Iterator[tuple[int, Pair]]:
         """Pairs by line number."""
-        with self.texts[0].lines() as sources, self.texts[1].lines() as targets:
-            for number, (source, target) in enumerate(itertools.zip_longest(sources, targets), 1):
-                if source is None or target is None:
-                    longer, rest = (1, targets) if source is None else (0, sources)
-                    raise self._unequal(number - 1, longer, number + sum(1 for _ in rest))
-                yield number, (source.rstrip("\r\n"), target.rstrip("\r\n"))
+        sources, targets = (text.lines() for text in self.texts)
+        for number, (source, target) in enumerate(itertools.zip_longest(sources, targets), 1):
+            if source is None or target is None:
+                longer, rest = (1, targets) if source is None else (0, sources)
+                raise self._unequal(number - 1, longer, number + sum(1 for _ in rest))
+            yield number, (source.rstrip("\r\n"), target.rstrip("\r\n"))
 
     def where(self, number: int, side: int) -> str:
         """The line of one of the files."""
@@ -132,12 +130,12 @@ class RecordFile:
 
     def pairs(self) -> Iterator[tuple[int, Pair]]:
         """Pairs by line number, blank lines of JSON left out."""
-        with self.text.lines() as lines:
-            if self.text.format in _TABBED:
-                yield from ((number, self._columns(number, line)) for number, line in enumerate(lines, 1))
-            else:
-                for place, record in json_records(lines, self.place):
-                    yield int(place.rpartition(":")[2]), fields_of(record, self.languages, place)
+        lines = self.text.lines()
+        if self.text.format in _TABBED:
+            yield from ((number, self._columns(number, line)) for number, line in enumerate(lines, 1))
+        else:
+            for place, record in json_records(lines, self.place):
+                yield int(place.rpartition(":")[2]), fields_of(record, self.languages, place)
 
     def where(self, number: int, side: int) -> str:
         """The line."""
