@@ -87,7 +87,7 @@ def test_a_saved_vocabulary_is_a_stock_tokenizer_that_gives_the_same_tokens(tmp_
 def test_side_of_a_separate_vocabulary(tmp_path):
     tokenizer = trained(tmp_path / "made", "word", joint=False, size=1000)
     assert vocabulary_sizes(tokenizer) == (len(tokenizer.encoder), len(tokenizer.target_encoder))
-    assert len(tokenizer.encoder) != len(tokenizer.target_encoder)
+    assert tokenizer.encoder != tokenizer.target_encoder
     encoder = Encoder(tokenizer)
     (source,), (target,) = encoder(["dog and man"], 0), encoder(["Hund und Mann"], 1)
     assert pieces(tokenizer, source.tolist(), 0) == ["▁dog", "▁and", "▁man", "</s>"]

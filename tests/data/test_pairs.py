@@ -121,13 +121,18 @@ def test_second_call_opens_the_cache(settings, monkeypatch):
         {"validation": None},
         {"validation_fraction": 0.1, "validation": None},
         {"test": None},
-        {"source": "de", "target": "en"},
     ],
 )
 def test_a_changed_setting_prepares_anew(settings, change):
     _, *others = change
     before = {other: change[other] for other in others}
     assert prepared(settings, **change).fingerprint != prepared(settings, **before).fingerprint
+
+
+def test_the_other_direction_prepares_anew(settings):
+    there, back = prepared(settings), prepared(settings, source="de", target="en")
+    assert there.fingerprint != back.fingerprint
+    assert there.validation.sources == back.validation.references
 
 
 def test_changed_content_prepares_anew(settings, tmp_path):
