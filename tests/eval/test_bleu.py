@@ -177,7 +177,7 @@ FILES = ["--source", "{s}", "--reference", "{r}"]
         (["{m}", "--source", "{tmp}/empty.txt", "--reference", "{r}"], "empty.txt: the file is empty"),
         (
             ["{m}", "--source", "{tmp}/latin.txt", "--reference", "{r}"],
-            "(line 7): invalid start byte; convert the file",
+            "(line 7): invalid start byte; convert",
         ),
         (["{m}", "--source", "{s}", "--reference", "{s}"], "source.txt:5: the reference is empty"),
         (["{m}", "--source", "{tmp}/long.txt", "--reference", "{r}"], "{m}: source line 8: 1"),
