@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,6 +66,7 @@ def run(program: str, work: Callable[[], None]) -> int:
     """The exit code of a program: 0, 2 for a mistake of the user, 130 for CTRL-C."""
     logging.disable_progress_bar()  # of transformers, while it loads weights
     logging.set_verbosity_error()  # its report of missing weights; they are an error here
+    warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")  # Marian's tokenizer, each time it is made
     try:
         work()
     except UserError as error:
