@@ -8,9 +8,9 @@ they belong to: ``self_attn.q_proj`` and ``self_attn.o_proj`` would have the lay
 and up), is one sparse layer with one graph and one number of links, and its parts are rows of it: percolation sees
 parts, removal and regrowth the layer.
 
-What the model says itself is read from it: heads, activation, how many rows rotary embeddings mix, whether query and key
-are normalised. T5's relative positions are added to the logits of attention, so its queries and keys pair row by row,
-as where positions are added to the embeddings.
+What the model says itself is read from it: heads, activation, how many rows rotary embeddings mix, whether query and
+key are normalised. T5's relative positions are added to the logits of attention, so its queries and keys pair row by
+row, as where positions are added to the embeddings.
 
 A model without a row is swapped by a plain rule (``block_linears``), its layers stand alone and nothing percolates.
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -118,7 +119,9 @@ FAMILIES: dict[str, Family] = {
 
 def is_linear(module: nn.Module) -> bool:
     """Linear layers of any make, also those that cannot be swapped, so that they are refused and not overlooked."""
-    return isinstance(module, nn.Linear | Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+    return isinstance(module, nn.Linear | Conv1D) or (
+        hasattr(module, "in_features") and hasattr(module, "out_features")
+    )
 
 
 def block_linears(model: nn.Module) -> frozenset[str]:
@@ -132,7 +135,8 @@ def block_linears(model: nn.Module) -> frozenset[str]:
     return frozenset(
         name
         for name, module in model.named_modules()
-        if is_linear(module) and module is not head
+        if is_linear(module)
+        and module is not head
         # LIST.3.x, but not LIST.3: a list of layers is no list of blocks (it may hold output layers)
         and any(name.startswith(f"{above}.") and "." in name.removeprefix(f"{above}.") for above in lists)
     )
@@ -191,7 +195,7 @@ def _cut(model: nn.Module, name: str, blocks: int, shares: list[int]) -> list[Ro
     layer: Any = model.get_submodule(name)
     height = layer.out_features // blocks // sum(shares)
     bounds = [height * sum(shares[:i]) for i in range(len(shares) + 1)]
-    return [Rows(name, blocks, *pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    return [Rows(name, blocks, *pair) for pair in pairwise(bounds)]
 
 
 def _units(model: nn.Module, family: Family, base: str, present: frozenset[str]) -> tuple[Unit, ...]:
@@ -225,7 +229,8 @@ def _rotary_dim(config: Any, family: Family) -> int | None:
     if factor == 1.0:
         return None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(head_dim * factor)
+    dim = int(head_dim * factor)
+    return dim + dim % 2
 
 
 def _ends(name: str, end: str) -> bool:

@@ -76,9 +76,9 @@ class QueryKey:
     """Query rows and the key rows they are multiplied with.
 
     A neuron is one term of the sum that makes an attention logit: a position of a query head, or the rotary pair
-    (i, i + rotary_dim / 2), which the embedding mixes and which is empty only when both rows are; behind rotary_dim each
-    position is a neuron. It is dead when its query or its key rows are empty. Key rows serve every query head of their
-    group and go when dead in all of them.
+    (i, i + rotary_dim / 2), which the embedding mixes and which is empty only when both rows are (behind rotary_dim a
+    neuron is a position again). It is dead when its query or its key rows are empty. Key rows serve every query head of
+    their group and go when dead in all of them.
     """
 
     query: str
