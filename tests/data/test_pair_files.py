@@ -133,7 +133,7 @@ def test_files_of_unequal_length(tmp_path, language, count):
 
 def test_wrong_encoding_is_named_with_file_byte_and_line(tmp_path):
     prefix = aligned(tmp_path)
-    write(tmp_path / "train.de", "eins\nzwei\n".encode() + "fünf\n".encode("latin-1"))
+    write(tmp_path / "train.de", b"eins\nzwei\n" + "fünf\n".encode("latin-1"))
     assert "train.de: not UTF-8 text at byte 11 (line 3)" in message(prefix)
     path = archive(tmp_path / "a.zip", **{"a.tsv": b"a\tb\nc\xff\td\n"})
     assert "a.zip, a.tsv: not UTF-8 text at byte 5 (line 2)" in message(path)
@@ -223,7 +223,11 @@ def test_names_of_the_hub(hub_folder, monkeypatch):
     settings = PairSettings(train="owner/pairs", validation="test", test="train[:1]")
     assert on_hub(settings)
     found = pair_sources(settings)
-    assert {name: len(list(source.pairs())) for name, source in found.items()} == {"train": 4, "validation": 2, "test": 1}
+    assert {name: len(list(source.pairs())) for name, source in found.items()} == {
+        "train": 4,
+        "validation": 2,
+        "test": 1,
+    }
     own = aligned(Path(hub_folder))
     assert "train.en" in pair_sources(PairSettings(train="owner/pairs", test=own))["test"].place
 

@@ -25,7 +25,16 @@ from llm_cht.errors import UserError
 ENGLISH = "the a man woman dog runs sits with in on street house red green old and then 3 12".split()  # noqa: SIM905
 GERMAN = "der die ein Mann Frau Hund läuft sitzt mit in auf Straße Haus rot grün alt und dann".split()  # noqa: SIM905
 NOT_SPECIAL = ["</s> <pad> <unk> x", "<pad>", "a</s>", "Hund\u200b</s>"]
-TRAPS = [*NOT_SPECIAL, ">>de<< Hund", ">> der alte << Hund", " >>de<< Hund", "日本 語", "", " ", "Die Straße... (GROß), ja!"]
+TRAPS = [
+    *NOT_SPECIAL,
+    ">>de<< Hund",
+    ">> der alte << Hund",
+    " >>de<< Hund",
+    "日本 語",
+    "",
+    " ",
+    "Die Straße... (GROß), ja!",
+]
 
 
 def sentences(words: list[str], count: int = 300) -> list[str]:
