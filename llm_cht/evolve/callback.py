@@ -151,8 +151,8 @@ def _check_engine(args: Any) -> None:
     launched = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if launched != args.world_size:
         raise UserError(
-            f"torch.distributed has {launched} ranks, the Trainer {args.world_size}: they would train apart; on CPU set "
-            "`use_cpu=True` and `ddp_backend='gloo'` in TrainingArguments"
+            f"torch.distributed has {launched} ranks, the Trainer {args.world_size}: they would train apart; on CPU "
+            "set `use_cpu=True` and `ddp_backend='gloo'` in TrainingArguments"
         )
     if args.n_gpu > 1:
         raise UserError("the Trainer uses DataParallel, which copies the model; start one process per GPU (torchrun)")

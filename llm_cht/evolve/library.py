@@ -104,8 +104,8 @@ def sparsify(
     method = resolve(settings, _SOME_STEPS)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UserError(
-            "the weights of the model are cut by ZeRO 3 already; make the model before `TrainingArguments`, and sparsify "
-            "it then"
+            "the weights of the model are cut by ZeRO 3 already; make the model before `TrainingArguments`, and "
+            "sparsify it then"
         )
     sparse = swap_layers(model, layers or SparseSettings())
     check_start(sparse, method)
