@@ -3,6 +3,7 @@
     python eval/speed.py step        # a training step of LLaMA-60M, masked over dense, optimizer included
     python eval/speed.py update      # link scores and a whole topology update over bare matrix products; peak memory
     python eval/speed.py select      # selection from 45 M positions over torch.topk; peak memory
+    python eval/speed.py translate   # beam search, sorted over file order; a training step (eval/speed_translate.py)
 
 Each repetition runs every variant once, one after the other, so that a busy moment hits all alike. A ratio is the
 median over the repetitions of (variant / baseline) of one repetition; times are medians too. Absolute times alone were
@@ -15,6 +16,7 @@ import argparse
 import ctypes
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -219,6 +221,11 @@ def processor() -> str:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["translate"]:  # has options of its own
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from eval import speed_translate
+
+        return speed_translate.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--repetitions", type=int, default=20, help="of every variant (default: 20)")
@@ -227,7 +234,7 @@ def main() -> None:
     versions = f"llm_cht {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}; {versions}")
     print(f"`eval/speed.py {arguments.table}`: medians of {arguments.repetitions} alternated repetitions")
-    TABLES[arguments.table](arguments.repetitions)
+    return TABLES[arguments.table](arguments.repetitions)
 
 
 if __name__ == "__main__":

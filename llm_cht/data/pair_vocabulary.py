@@ -23,6 +23,7 @@ import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,7 @@ def _failed(reason: str, how: VocabularySettings, count: int) -> UserError:
     )
 
 
+@lru_cache(1)
 def _rules(lowercase: bool, spaced: bool) -> str:
     """Sentencepiece's default normalization (nmt_nfkc) as a table of rules, with changes: code points and tabs."""
     known = dict(sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc").Decompile())

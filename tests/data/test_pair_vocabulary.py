@@ -85,8 +85,9 @@ def test_a_saved_vocabulary_is_a_stock_tokenizer_that_gives_the_same_tokens(tmp_
 
 
 def test_side_of_a_separate_vocabulary(tmp_path):
-    tokenizer = trained(tmp_path / "made", "word", joint=False, size=30)
-    assert vocabulary_sizes(tokenizer) == (30, 30)
+    tokenizer = trained(tmp_path / "made", "word", joint=False, size=1000)
+    assert vocabulary_sizes(tokenizer) == (len(tokenizer.encoder), len(tokenizer.target_encoder))
+    assert len(tokenizer.encoder) != len(tokenizer.target_encoder)
     encoder = Encoder(tokenizer)
     (source,), (target,) = encoder(["dog and man"], 0), encoder(["Hund und Mann"], 1)
     assert pieces(tokenizer, source.tolist(), 0) == ["▁dog", "▁and", "▁man", "</s>"]
@@ -101,7 +102,6 @@ def test_word_splits_punctuation_off_and_knows_the_commonest_words(tmp_path):
         ["▁in", "▁Haus", "<unk>", "▁und", "<unk>", "▁3", "▁.", "▁12"],
         ["<unk>", "▁und"],
     ]
-    assert "▁.\u2581.▁." not in tokenizer.get_vocab()
     small = trained(tmp_path / "small", "word", size=20)
     assert len(small) == 20
     assert 2 in small("Frau")["input_ids"]
