@@ -113,6 +113,14 @@ class TopologyCallback(TrainerCallback):
         return self.updater
 
 
+def _stay_on_cpu(storage: Any, location: str) -> Any:
+    """The Trainer's ranks on CPU load their optimizer to "cpu:0", a place that torch does not know."""
+    return storage if location.startswith("cpu:") else None
+
+
+torch.serialization.register_package(100, lambda storage: None, _stay_on_cpu)
+
+
 def save_state(updater: StepUpdater, folder: Path) -> None:
     """Write what this rank holds of the topology's state into a checkpoint; the values last, so that they tell all."""
     tensors, values = updater.state_dict()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -69,10 +70,10 @@ class SparseTraining:
         updater.own_std = self.start.own_std
         return updater
 
-    def save_topology(self, folder: Any, step: int = 0) -> None:
+    def save_topology(self, folder: str | Path, step: int = 0) -> None:
         """Write topology.safetensors and topology.json beside a model saved by ``save_pretrained``."""
         masks = {name: layer.mask for name, layer in self.sparse.layers.items()}
-        write_topology(folder, masks, self.settings.preset, step)
+        write_topology(Path(folder), masks, self.settings.preset, step)
 
 
 def sparsify(
