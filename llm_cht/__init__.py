@@ -4,4 +4,22 @@ The rooms, from the bottom up: ``config`` and ``dist``; ``topology`` (pure rules
 surgery); ``models`` and ``data``; ``evolve`` (topology updates of a live model); ``train`` and ``report``; ``cli``.
 """
 
+import importlib
+
 __version__ = "0.1.0"
+
+__all__ = ["MethodSettings", "SparseSettings", "TopologyCallback", "__version__", "sparsify"]
+
+_HOMES = {
+    "sparsify": "llm_cht.evolve.library",
+    "TopologyCallback": "llm_cht.evolve.callback",
+    "MethodSettings": "llm_cht.topology.settings",
+    "SparseSettings": "llm_cht.sparse.surgery",
+}
+
+
+def __getattr__(name: str) -> object:
+    """The library's own names, imported when they are asked for: the command line must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

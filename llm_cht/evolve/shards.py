@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from llm_cht import dist
 from llm_cht.errors import UserError
 
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "age"})
@@ -174,6 +175,27 @@ class Zero3:
 
 
 Shards = Whole | Zero12 | Zero3
+
+
+def shards_of(optimizer: Any) -> Shards:
+    """Where weights and moments are under ``optimizer``: torch's, one wrapped by accelerate, or DeepSpeed's of ZeRO.
+
+    Raises:
+        UserError: an optimizer of another make.
+    """
+    inner = optimizer
+    while hasattr(inner, "accelerator_state"):  # accelerate's
+        inner = inner.optimizer
+    if hasattr(inner, "single_partition_of_fp32_groups"):
+        return Zero12(inner)
+    if hasattr(inner, "fp32_partitioned_groups_flat"):
+        return Zero3(inner, dist.rank())
+    if isinstance(inner, Optimizer):
+        return Whole(inner)
+    raise UserError(
+        f"optimizer {type(inner).__name__}: topology updates know torch's Adam, AdamW and SGD, accelerate's wrapper of "
+        "them, and DeepSpeed's ZeRO 1 to 3; use one of those"
+    )
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
