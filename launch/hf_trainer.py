@@ -4,9 +4,9 @@
     python launch/hf_trainer.py --output_dir runs/trainer --max_steps 200 --resume_from_checkpoint true
     accelerate launch --config_file launch/accelerate/zero2.yaml --num_processes 2 launch/hf_trainer.py ...
 
-All options are those of ``TrainingArguments``, and ``--preset``, ``--sparsity``, ``--update_interval`` of the method. On
-machines without a GPU add ``--use_cpu true``, and under a launcher ``--ddp_backend gloo``. What makes it sparse is the two lines marked below;
-model, data and arguments are anybody's.
+All options are those of ``TrainingArguments``, and ``--preset``, ``--sparsity``, ``--update_interval``. On
+machines without a GPU add ``--use_cpu true``, and under a launcher ``--ddp_backend gloo``. What makes it sparse is the
+two lines marked below; model, data and arguments are anybody's.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Sequences(Dataset):
 
 def main() -> None:
     """Train, and save a stock model folder with its topology."""
-    parser = HfArgumentParser((Method, TrainingArguments))
+    parser: Any = HfArgumentParser((Method, TrainingArguments))  # type: ignore[arg-type]
     method, arguments = parser.parse_args_into_dataclasses()
     set_seed(arguments.seed)
     sequences = Sequences(method.source, method.sequence_length)
-    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes: Any = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(sequences.data.tokenizer), **sizes))
 
     config = {"preset": method.preset, "sparsity": method.sparsity, "update_interval": method.update_interval}

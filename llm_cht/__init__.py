@@ -5,6 +5,7 @@ surgery); ``models`` and ``data``; ``evolve`` (topology updates of a live model)
 """
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -18,7 +19,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """The library's own names, imported when they are asked for: the command line must not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

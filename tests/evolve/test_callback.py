@@ -94,6 +94,7 @@ def test_killed_and_resumed_equals_unbroken(unbroken, tmp_path):
     same(folder, unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_two_ranks_under_accelerate_launch(unbroken, tmp_path, engine):
     ended(started(tmp_path / "two", engine=engine))
@@ -152,7 +153,7 @@ def test_methods_that_look_at_gradients_with_accumulation(tmp_path, preset):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match="sparsty.*sparsity"):
+    with pytest.raises(UserError, match=r"sparsty.*sparsity"):
         sparsify(fresh(), {"sparsty": 0.9})
     with pytest.raises(UserError, match="dense"):
         sparsify(fresh(), {"preset": "dense"})
