@@ -26,8 +26,6 @@ from llm_cht.sparse.surgery import sparsify as swap_layers
 from llm_cht.topology.method import resolve
 from llm_cht.topology.settings import MethodSettings
 
-_SOME_STEPS = 10**9  # the start is the same for any length
-
 
 class StepUpdater(TopologyUpdater):
     """A ``TopologyUpdater`` for a plain loop."""
@@ -102,7 +100,7 @@ def sparsify(
     settings = config if isinstance(config, MethodSettings) else MethodSettings(**_known(config))
     if settings.preset == "dense":
         raise UserError("the preset dense has no topology; train the model as it is, or choose another `preset`")
-    method = resolve(settings, _SOME_STEPS)
+    method = resolve(settings, _some_length(settings))
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UserError(
             "the weights of the model are cut by ZeRO 3 already; make the model before `TrainingArguments`, and "
@@ -111,6 +109,13 @@ def sparsify(
     sparse = swap_layers(model, layers or SparseSettings())
     check_start(sparse, method)
     return SparseTraining(sparse, settings, seed, draw_start(sparse, method, seed, calibrate))
+
+
+def _some_length(settings: MethodSettings) -> int:
+    """A number of steps that the settings allow: the start is the same for any."""
+    named = (settings.end_step, settings.density_end_step, *(settings.density_table or ()))
+    steps = [step for step in (*named, *(settings.regrowth_from or ())) if step is not None]
+    return 2 * max(100 * settings.update_interval, *steps, 1)
 
 
 def _known(config: Mapping[str, Any]) -> dict[str, Any]:
