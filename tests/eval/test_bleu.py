@@ -104,6 +104,7 @@ def test_hypotheses_are_those_of_the_decoder_and_can_be_scored_again(folder: Pat
     assert "Paired" not in done.stdout
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_resamples(folder: Path):
     for name, seed in (("a", 1), ("b", 2)):
         (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in sentences(30, seed + 1)))

@@ -209,7 +209,7 @@ def test_a_model_with_more_tokens_than_its_tokenizer(tokenizer: Any):
 
 
 @pytest.mark.timeout(900)  # DeepSpeed compiles an operator the first time a machine uses it
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_two_ranks_say_what_one_says(engine: str, tokenizer: Any, tmp_path: Path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     model = new_model("marian", tokenizer)

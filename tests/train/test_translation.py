@@ -117,10 +117,9 @@ def test_what_the_decoder_reads():
     assert labels.tolist() == [[7, 8, 2, -100], [9, 2, -100, -100]]
 
 
-@pytest.mark.parametrize("micro", [40, 150])
-def test_accumulation_is_exact(tmp_path, micro):
+def test_accumulation_is_exact(tmp_path):
     losses = []
-    for tokens in (None, micro):
+    for tokens in (None, 40):
         folder = tmp_path / str(tokens)
         folder.mkdir()
         config = tiny_translation(
