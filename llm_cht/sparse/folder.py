@@ -162,7 +162,8 @@ def _stock_copy(model: "PreTrainedModel", state: Mapping[str, Tensor], dtype: to
     converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
     dense.load_state_dict(converted, assign=True)
     dense.tie_weights()  # assign made two parameters of tied ones
-    dense.generation_config = copy.deepcopy(model.generation_config)
+    if model.can_generate():  # others, as BERT, have none
+        dense.generation_config = copy.deepcopy(model.generation_config)
     return dense
 
 

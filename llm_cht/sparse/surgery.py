@@ -8,13 +8,15 @@ elsewhere (an optimizer, a checkpoint loader) stay valid. Every link exists afte
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from llm_cht.errors import UserError
-from llm_cht.sparse.families import FAMILIES, groups_of
+from llm_cht.sparse.families import FAMILIES, Family, block_linears, groups_of, is_linear
 from llm_cht.sparse.linear import SparseLinear
 from llm_cht.topology.percolate import Group
 
@@ -24,7 +26,8 @@ class SparseSettings:
     """Which layers become sparse."""
 
     include: list[str] | None = None
-    """Regular expressions searched in full layer names; null: the projections of the model's family."""
+    """Regular expressions searched in full layer names; null: the projections of the model's family, or, where it
+    has no row, all linear layers of the model's blocks."""
     exclude: list[str] = field(default_factory=list)
     """Regular expressions of layers that stay dense."""
 
@@ -56,25 +59,29 @@ class SparseModel:
 def sparsify(model: nn.Module, settings: SparseSettings) -> SparseModel:
     """Swap the chosen linear layers of ``model`` in place for ``SparseLinear``.
 
+    A model whose family has no row is swapped by a plain rule, with a warning that nothing percolates.
+
     Raises:
         UserError: nothing matches, an exclusion matches nothing, a chosen layer is no plain ``nn.Linear``, is already
             sparse, or its weight is shared with another module. The model is then untouched.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     family = FAMILIES.get(model_type)
-    if family is None and settings.include is None:
-        raise UserError(
-            f"model type `{model_type}` has no row in llm_cht/sparse/families.py (known: {', '.join(FAMILIES)}); "
-            "name the layers to swap in `sparse.include`, percolation is then off"
-        )
     _check_expressions("include", settings.include or [])
     _check_expressions("exclude", settings.exclude)
-    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    chosen = [name for name in linears if _included(name, settings, family.layers if family else frozenset())]
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    chosen = _chosen(model, linears, settings, family)
     excluded = {name for name in chosen for pattern in settings.exclude if re.search(pattern, name)}
     _check_patterns(settings, linears, chosen, excluded)
     names = [name for name in chosen if name not in excluded]
     _check_layers(model, {name: linears[name] for name in names})
+    if family is None and settings.include is None:
+        warnings.warn(
+            f"model type `{model_type}` has no row in llm_cht/sparse/families.py (known: {', '.join(FAMILIES)}): all "
+            f"{len(names)} linear layers of its blocks become sparse, each evolves alone, and nothing percolates; "
+            "choose layers with `sparse.include` and `sparse.exclude`, or add a row",
+            stacklevel=2,
+        )
     groups = groups_of(model, family, names)
     layers = {name: SparseLinear.from_linear(linears[name]) for name in names}
     for name, layer in layers.items():
@@ -83,15 +90,16 @@ def sparsify(model: nn.Module, settings: SparseSettings) -> SparseModel:
     return SparseModel(model, layers, groups, tuple(name for name in linears if name not in layers))
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Linear layers of any make, quantised ones included, so that those are refused by name and not overlooked."""
-    return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
-
-
-def _included(name: str, settings: SparseSettings, family_layers: frozenset[str]) -> bool:
-    if settings.include is None:
-        return name.rpartition(".")[2] in family_layers
-    return any(re.search(pattern, name) for pattern in settings.include)
+def _chosen(
+    model: nn.Module, linears: dict[str, nn.Module], settings: SparseSettings, family: Family | None
+) -> list[str]:
+    """Layers to swap, before exclusions."""
+    if settings.include is not None:
+        return [name for name in linears if any(re.search(pattern, name) for pattern in settings.include)]
+    if family is not None:
+        return [name for name in linears if family.base(name) is not None]
+    inner = block_linears(model)
+    return [name for name in linears if name in inner]
 
 
 def _check_expressions(key: str, patterns: list[str]) -> None:
@@ -113,7 +121,10 @@ def _check_patterns(
             if not any(re.search(pattern, name) for name in names):
                 raise UserError(f"`sparse.{key}`: {pattern!r} matches no linear layer (the model has e.g. {examples})")
     if not chosen:
-        raise UserError(f"no linear layer of the model is among its family's projections (it has e.g. {examples})")
+        raise UserError(
+            "no linear layer of the model is a projection of its family, or, for a model without one, inside a block "
+            f"(it has e.g. {examples}); name the layers to swap in `sparse.include`"
+        )
     if not set(chosen) - excluded:
         raise UserError(f"`sparse.exclude` {settings.exclude} leaves none of the {len(chosen)} chosen layers")
 
@@ -125,6 +136,11 @@ def _check_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
         if isinstance(layer, SparseLinear):
             raise UserError(f"layer `{name}` is sparse already; sparsify a model once")
+        if isinstance(layer, Conv1D):
+            raise UserError(
+                f"layer `{name}` is a Conv1D, which stores its weight as (in, out), and topologies are (out, in); take "
+                "a model of nn.Linear layers (OPT instead of GPT-2), or leave the layer out with `sparse.exclude`"
+            )
         if type(layer) is not nn.Linear or not layer.weight.is_floating_point():
             raise UserError(
                 f"layer `{name}` is {type(layer).__name__} with {layer.weight.dtype} weights, not a plain nn.Linear; "

@@ -110,16 +110,17 @@ def _of_links(positions: int, links: float, dense_gradient: bool) -> float:
 def training_flops_per_token(model: nn.Module, sequence_length: int) -> int:
     """FLOPs of forward and backward per trained token of the dense language model.
 
-    6 N + 12 * layers * hidden * sequence_length. N counts the parameters used in products: all but the input embedding,
-    which is looked up; an embedding tied to the output layer counts, as that layer. Attention is not halved for
-    causality, and recomputation is not counted.
+    6 N + 12 * layers * heads * head dimension * sequence_length. N counts the parameters used in products: all but
+    embeddings (of tokens and positions), which are looked up; the output layer counts, tied or not. Attention is not
+    halved for causality or cut to a sliding window, and recomputation is not counted.
     """
     config: Any = model.config
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if not config.tie_word_embeddings:
-        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-        parameters -= embedding.weight.numel()
-    return 6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * sequence_length
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    looked_up = {id(parameter) for module in tables for parameter in module.parameters()}
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    looked_up -= {id(parameter) for parameter in head.parameters()}
+    parameters = sum(p.numel() for p in model.parameters() if id(p) not in looked_up)
+    return 6 * parameters + 12 * config.num_hidden_layers * _width(config) * sequence_length
 
 
 def pair_flops(model: nn.Module, sparse: Mapping[str, int]) -> PairFlops:
@@ -136,8 +137,7 @@ def pair_flops(model: nn.Module, sparse: Mapping[str, int]) -> PairFlops:
             weights[sees_source(family, name)] += sum(p.numel() for p in module.parameters(recurse=False))
     for name, count in sparse.items():
         positions[sees_source(family, name)] += count
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.num_attention_heads * head_dim
+    width = _width(config)
     layers = config.num_hidden_layers
     decoder_layers = getattr(config, "decoder_layers", getattr(config, "num_decoder_layers", layers))
     return PairFlops(
@@ -145,3 +145,9 @@ def pair_flops(model: nn.Module, sparse: Mapping[str, int]) -> PairFlops:
         encoder_width=layers * width,
         decoder_width=decoder_layers * width,
     )
+
+
+def _width(config: Any) -> int:
+    """Heads * head dimension, which need not be the hidden size."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head_dim

@@ -8,22 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     MarianConfig,
     MarianMTModel,
-    PreTrainedTokenizerFast,
     T5Config,
 )
 
 from llm_cht.evolve.shards import Whole
 from llm_cht.evolve.start import draw_start
 from llm_cht.evolve.updater import TopologyUpdater
-from llm_cht.sparse.folder import Topology, read_topology, save_model_folder, verify_folder
+from llm_cht.sparse.folder import Topology, save_model_folder
 from llm_cht.sparse.surgery import SparseSettings, sparsify
 from llm_cht.topology import bits
 from llm_cht.topology.method import resolve
@@ -31,6 +28,7 @@ from llm_cht.topology.percolate import Heads, Mlp, QueryKey, ValueOutput, percol
 from llm_cht.topology.settings import MethodSettings
 from llm_cht.train.checkpoint import CheckpointStore
 from llm_cht.train.export import described, write_model
+from tests.sparse.family_checks import biased, cut, learn, percolated, same, tokenizer
 
 WORDS = 30
 NO_BIAS: frozenset[str] = frozenset()
@@ -47,8 +45,6 @@ CONFIGS = {
     "t5": T5Config(**T5),
     "t5 gated": T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
-ABOUT = {"architectures", "_name_or_path", "dtype"}
-"""keys of a config that say where its model comes from"""
 SOURCE, TARGET = (torch.arange(2, 2 + 2 * n).view(2, n) for n in (7, 5))
 
 
@@ -68,34 +64,6 @@ def outputs(model):
     mask[1, 5:] = 0
     with torch.no_grad():
         return model(input_ids=SOURCE, attention_mask=mask, labels=TARGET).logits
-
-
-def cut(sparse, density: float, seed: int) -> None:
-    """Random masks; single rows and columns lose all their links, so that there are dead neurons at any density."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in sparse.layers.values():
-        mask = torch.rand(layer.mask.shape, generator=generator) < density
-        mask[torch.rand(len(mask), generator=generator) < 0.2] = False
-        mask[:, torch.rand(mask.shape[1], generator=generator) < 0.2] = False
-        layer.set_mask(mask)
-
-
-def percolated(sparse, has_bias, dead_heads) -> dict[str, int]:
-    """Percolate all groups of a live model; the links removed in each layer."""
-    removed = {}
-    for group in sparse.groups:
-        units = with_dead_heads(group.units) if dead_heads else group.units
-        masks = {name: sparse.layers[name].mask for name in group.layers}
-        new, active, total = percolate(replace(group, units=units), masks, has_bias)
-        assert 0 <= active <= total
-        for name, mask in new.items():
-            removed[name] = int((masks[name] & ~mask).sum())
-            sparse.layers[name].set_mask(mask)
-    return removed
-
-
-def biased(sparse) -> frozenset[str]:
-    return frozenset(name for name, layer in sparse.layers.items() if layer.bias is not None)
 
 
 # ---- structure ----
@@ -232,54 +200,20 @@ def started(name, **overrides):
     return model, optimizer, TopologyUpdater(sparse, method, Whole(optimizer), 0)
 
 
-def learn(model, optimizer, updater, steps=20) -> list[float]:
-    losses, anps = [], []
-    for step in range(1, steps + 1):
-        updater.watch(step)
-        loss = model(input_ids=SOURCE, labels=TARGET).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if updater.due(step):
-            anps.append(updater.update(step)["anp"])
-    assert anps
-    assert all(0 < anp <= 1 for anp in anps)
-    return losses
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("overrides", [{}, {"per_head": True, "dead_heads": True, "percolate_bias": "paper"}])
 def test_chts_trains_and_stock_transformers_loads_the_same_model(name, overrides, tmp_path):
     model, optimizer, updater = started(name, **overrides)
     first = {layer: mask.clone() for layer, mask in updater.masks.items()}
-    losses = learn(model, optimizer, updater)
+    losses = learn(lambda: model(input_ids=SOURCE, labels=TARGET).loss, optimizer, updater)
     assert losses[-1] < losses[0]
     for layer, mask in updater.masks.items():
         assert int(mask.sum()) == int(first[layer].sum())
         assert not torch.equal(mask, first[layer])
         assert not updater.sparse.layers[layer].weight[~mask].any()
     model.eval()
-    save_model_folder(tmp_path / "m", model, model.state_dict(), tokenizer(), Topology(updater.masks, "chts", 20))
-    same(tmp_path / "m", model)
-
-
-def tokenizer():
-    words = WordLevel({str(number): number for number in range(WORDS)}, unk_token="2")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="0", eos_token="1")
-
-
-def same(folder, model) -> None:
-    """Stock transformers loads the folder, and its model gives the same logits, bit for bit, and ties the same."""
-    loaded, info = type(model).from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    assert type(loaded).__module__.startswith("transformers.")
-    assert torch.equal(outputs(loaded.eval()), outputs(model))
-    assert {n for n, _ in loaded.named_parameters()} == {n for n, _ in model.named_parameters()}
-    own, other = ({k: v for k, v in m.config.to_dict().items() if k not in ABOUT} for m in (model, loaded))
-    assert own == other
-    assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
-    assert verify_folder(folder).keys() == read_topology(folder).masks.keys()
+    save_model_folder(tmp_path / "m", model, model.state_dict(), tokenizer(WORDS), Topology(updater.masks, "chts", 20))
+    same(tmp_path / "m", model, outputs)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -293,10 +227,10 @@ def test_a_checkpoint_of_any_kind_is_exported_as_its_own_stock_class(name, tmp_p
     tensors = {"model": model.state_dict(), "topology": {f"mask.{n}": bits.pack(m) for n, m in updater.masks.items()}}
     store = CheckpointStore(tmp_path / "checkpoints", keep_last=1)
     checkpoint = store.load(store.save(3, tensors, state))
-    write_model(checkpoint, tokenizer(), tmp_path / "m", torch.float32)
-    same(tmp_path / "m", model)
+    write_model(checkpoint, tokenizer(WORDS), tmp_path / "m", torch.float32)
+    same(tmp_path / "m", model, outputs)
     assert type(model).from_pretrained(tmp_path / "m").generation_config.max_length == 17
-    write_model(checkpoint, tokenizer(), tmp_path / "short", torch.bfloat16)
+    write_model(checkpoint, tokenizer(WORDS), tmp_path / "short", torch.bfloat16)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "short")
     assert torch.equal(outputs(loaded.eval()), outputs(copy.deepcopy(model).to(torch.bfloat16)))
 
@@ -304,7 +238,7 @@ def test_a_checkpoint_of_any_kind_is_exported_as_its_own_stock_class(name, tmp_p
 def test_tied_tables_are_written_once(tmp_path):
     for name, tables in {"marian": 1, "marian separate": 2}.items():
         model = built(name, torch.float32)
-        save_model_folder(tmp_path / name, model, model.state_dict(), tokenizer(), Topology({}, "dense", 0))
+        save_model_folder(tmp_path / name, model, model.state_dict(), tokenizer(WORDS), Topology({}, "dense", 0))
         with safe_open(tmp_path / name / "model.safetensors", framework="pt") as file:
             large = [key for key in file.keys() if file.get_slice(key).get_shape() == [WORDS, 16]]  # noqa: SIM118
         assert len(large) == tables

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm_cht.topology.percolate import Group, Mlp, QueryKey, ValueOutput, percolate, with_dead_heads
+from llm_cht.topology.percolate import Group, Mlp, QueryKey, Rows, ValueOutput, percolate, with_dead_heads
 
 NO_BIAS: frozenset[str] = frozenset()
 
@@ -87,6 +87,38 @@ def test_rotary_pairs_are_half_a_head_apart():
     new, counts = run(QueryKey("q", "k", 1, 1, "rotary"), masks)
     assert new == {"q": ["x", ".", ".", "."], "k": [".", ".", "x", "."]}
     assert counts == (1, 2)
+
+
+def test_partial_rotary_pairs_rows_at_the_front_of_the_head():
+    # heads of 6, of which 4 are mixed: pairs (0, 2) and (1, 3), then rows 4 and 5 alone
+    masks = {"q": mask("x", ".", ".", ".", "x", "x"), "k": mask(".", "x", "x", "x", ".", "x")}
+    new, counts = run(QueryKey("q", "k", 1, 1, "rotary", 4), masks)
+    assert new == {"q": ["x", ".", ".", ".", ".", "x"], "k": [".", ".", "x", ".", ".", "x"]}
+    assert counts == (2, 4)
+
+
+def test_parts_of_a_layer_are_percolated_and_put_back():
+    # query and key of 2 heads of 2 rows in one layer; head 0 lacks the key of position 1, head 1 the query of position 0
+    by_head = mask("x.", ".x", "xx", "..", "..", "x.", ".x", "xx")  # q0 q0 k0 k0 q1 q1 k1 k1
+    in_turn = mask("x.", ".x", "..", "x.", "xx", "..", ".x", "xx")  # q0 q0 q1 q1 k0 k0 k1 k1
+    unit = QueryKey("qk/q", "qk/k", 2, 2, "position")
+    cuts = {
+        "by head": (by_head, {"qk/q": Rows("qk", 2, 0, 2), "qk/k": Rows("qk", 2, 2, 4)}, [0, 2, 5, 7]),
+        "in turn": (in_turn, {"qk/q": Rows("qk", 1, 0, 4), "qk/k": Rows("qk", 1, 4, 8)}, [0, 3, 4, 7]),
+    }
+    for fused, parts, living in cuts.values():
+        before = fused.clone()
+        group = Group("g", ("qk",), (unit,), parts=parts)
+        new, active, total = percolate(group, {"qk": fused}, NO_BIAS)
+        expected = torch.zeros_like(fused)
+        expected[living] = before[living]
+        assert list(new) == ["qk"]
+        assert torch.equal(new["qk"], expected)
+        assert torch.equal(fused, before)
+        assert (active, total) == (2, 4)
+        biased, *counts = percolate(group, {"qk": fused}, frozenset({"qk"}))
+        assert torch.equal(biased["qk"], fused)  # no row of a part is empty either
+        assert counts == [4, 4]
 
 
 @pytest.mark.parametrize("pairing", ["rotary", "position"])
