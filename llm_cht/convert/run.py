@@ -100,8 +100,8 @@ def convert(request: Request, say: Say) -> str:
     counts = _write(work, request)
     lines = [work.report, f"{counts}; read again and found as written"]
     if request.time:
-        before, after = _seconds(folder), _seconds(request.folder)
-        lines.append(f"forward pass of {_TOKENS} tokens: {1e3 * before:.1f} ms before, {1e3 * after:.1f} ms after")
+        (before, length), (after, _) = _seconds(folder), _seconds(request.folder)
+        lines.append(f"forward pass of {length} tokens: {1e3 * before:.1f} ms before, {1e3 * after:.1f} ms after")
     return "\n".join(lines)
 
 
@@ -229,8 +229,8 @@ def _dtype_keys(config: dict[str, Any], dtype: str) -> dict[str, str]:
 _TOKENS, _REPEATS = 128, 5
 
 
-def _seconds(folder: Path) -> float:
-    """Median time of a forward pass of one sequence, on this machine's processor; loads the model."""
+def _seconds(folder: Path) -> tuple[float, int]:
+    """Median time of a forward pass on this machine's processor, and the tokens in it; loads the model."""
     source = open_source(folder)
     config = load_config(source, code=False)
     model = type(empty_model(config, code=False)).from_pretrained(folder, dtype="auto").eval()
@@ -243,4 +243,4 @@ def _seconds(folder: Path) -> float:
             begin = time.perf_counter()
             model(**inputs)
             took.append(time.perf_counter() - begin)
-    return statistics.median(took[1:])
+    return statistics.median(took[1:]), length

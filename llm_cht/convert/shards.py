@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_cht.convert.source import BYTES, FLOATS, INDEX, WEIGHTS, Stored, read_headers
+from llm_cht.convert.source import FLOATS, INDEX, TYPES, WEIGHTS, Stored, read_headers
 from llm_cht.errors import UserError
 
 SHARD = 10**9
@@ -70,7 +70,7 @@ class Written:
     @property
     def nbytes(self) -> int:
         """Size of its data."""
-        return BYTES[self.dtype] * math.prod(self.shape)
+        return TYPES[self.dtype].itemsize * math.prod(self.shape)
 
 
 def planned(tensors: Mapping[str, Stored], edits: Mapping[str, Edit], dtype: str | None) -> dict[str, Written]:
@@ -134,7 +134,7 @@ def _shared_out(plan: Mapping[str, Written]) -> list[list[str]]:
             size = 0
         shards[-1].append(name)
         size += one.nbytes
-    return [sorted(names, key=lambda name: -BYTES[plan[name].dtype]) for names in shards]
+    return [sorted(names, key=lambda name: -TYPES[plan[name].dtype].itemsize) for names in shards]
 
 
 def _header(tensors: Mapping[str, Written]) -> bytes:
@@ -149,12 +149,11 @@ def _header(tensors: Mapping[str, Written]) -> bytes:
 
 
 def _parts(name: str, one: Written) -> Iterator[memoryview]:
-    dtype = next((getattr(torch, key) for key, value in DTYPES.items() if value == one.dtype), None)
     for block in one.edit.blocks(one.stored):
         if one.dtype == one.stored.dtype:
             yield _as_bytes(block)
             continue
-        new = block.to(dtype)
+        new = block.to(TYPES[one.dtype])
         if not torch.equal(new.isfinite(), block.isfinite()):
             largest = block[block.isfinite()].abs().max().item()
             raise UserError(f"`{name}` has numbers up to {largest:.4g}, too large for --dtype; take bfloat16")

@@ -1,8 +1,9 @@
 """A checkpoint to be converted: where it is, what it holds, and its tensors in blocks of rows.
 
-Memory stays bounded whatever the size of a file: every block is read through a file opened anew, because what a mapped
-file has shown once stays resident until it is closed. Rejected: ``from_pretrained`` (the whole model in memory), and
-``pytorch_model.bin`` (unpickling).
+Memory stays bounded whatever the size of a file: headers are checked by the library of safetensors, data are read at
+the places that they name. Rejected: slices of that library's, which map the file such that what was read once stays
+resident, and that a file larger than the machine's memory cannot be opened; ``from_pretrained`` (the whole model in
+memory); ``pytorch_model.bin`` (unpickling).
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from llm_cht.errors import UserError
 from llm_cht.files import is_path
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-BYTES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
-"""of an element, by the name that safetensors has for its type"""
-FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+_FLOAT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SIGNED = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+_UNSIGNED = {"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool}
+TYPES = _FLOAT | _SIGNED | _UNSIGNED | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+"""by the names that safetensors has"""
+FLOATS = frozenset(_FLOAT)
 BLOCK = 1 << 25
 """bytes read at a time"""
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -44,23 +47,32 @@ class Stored:
     dtype: str
     """as safetensors names it"""
     shape: tuple[int, ...]
+    place: int
+    """of its first byte in the file"""
 
     @property
     def nbytes(self) -> int:
         """Size of its data."""
-        return BYTES[self.dtype] * math.prod(self.shape)
+        return TYPES[self.dtype].itemsize * math.prod(self.shape)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """First row and rows of each part of at most ``BLOCK`` bytes (or one row); copies in memory of their own."""
-        if not self.shape or not self.nbytes:
-            with safe_open(self.path, framework="pt") as file:
-                yield 0, file.get_tensor(self.key).clone()
-            return
-        step = max(1, BLOCK * self.shape[0] // self.nbytes)
-        for begin in range(0, self.shape[0], step):
-            with safe_open(self.path, framework="pt") as file:
-                block = file.get_slice(self.key)[begin : begin + step].clone()
-            yield begin, block
+        """First row and rows of each part of at most ``BLOCK`` bytes (or one row); a number is one row.
+
+        Raises:
+            UserError: the file ends before.
+        """
+        num_rows = self.shape[0] if self.shape else 1
+        width = self.nbytes // max(1, num_rows)
+        step = max(1, BLOCK // max(1, width))
+        for begin in range(0, num_rows, step):
+            count = min(step, num_rows - begin)
+            data = torch.empty(count * width, dtype=torch.uint8)
+            with open(self.path, "rb") as file:
+                file.seek(self.place + begin * width)
+                if file.readinto(data.numpy().data) != len(data):
+                    raise UserError(f"{self.path} has become shorter; leave it alone until it is converted")
+            block = data.view(TYPES[self.dtype])
+            yield begin, block.view(count, *self.shape[1:]) if self.shape else block.view(())
 
     def floats(self) -> Tensor:
         """The whole tensor in fp32."""
@@ -129,7 +141,7 @@ def open_source(folder: Path) -> Source:
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
-    """The tensors of a checkpoint by name, in the order of its files."""
+    """The tensors of a checkpoint in the order of their names, whatever file each is in."""
     names, index = _files(folder)
     tensors: dict[str, Stored] = {}
     for file in names:
@@ -140,7 +152,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     for key, file in index.items():
         if key not in tensors or tensors[key].path.name != file:
             raise UserError(f"{folder / file} lacks `{key}`, which {INDEX} says is there; copy both again")
-    return tensors
+    return {name: tensors[name] for name in sorted(tensors)}
 
 
 def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -160,16 +172,21 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 def _header(path: Path) -> Iterator[Stored]:
     try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                tensor = file.get_slice(key)
-                if tensor.get_dtype() not in BYTES:
-                    raise UserError(f"{path}: `{key}` is of type {tensor.get_dtype()}, which is not supported")
-                yield Stored(path, key, tensor.get_dtype(), tuple(tensor.get_shape()))
+        with safe_open(path, framework="np"):  # checks the header, and that the file is as long as it says
+            pass
+        with open(path, "rb") as file:
+            start = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing, and {INDEX} names it; copy it too") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from error
+    for key, about in header.items():
+        if key == "__metadata__":
+            continue
+        if about["dtype"] not in TYPES:
+            raise UserError(f"{path}: `{key}` is of type {about['dtype']}, which is not supported; leave it out")
+        yield Stored(path, key, about["dtype"], tuple(about["shape"]), 8 + start + about["data_offsets"][0])
 
 
 def _json(path: Path, why: str) -> dict[str, Any]:
