@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 2.0
 
+_CONVERT_HELP = (
+    "Makes a checkpoint sparse, a sparse folder dense, or removes its inactive neurons; reads and writes a block at a "
+    "time, never in place, and reads again what it wrote. `llm-cht train --model.path FOLDER --method.initial file "
+    "--method.initial_path FOLDER` goes on from the links that it wrote."
+)
+
 _HELP = """\
 usage: llm-cht COMMAND ...
 
@@ -32,6 +38,7 @@ usage: llm-cht COMMAND ...
   llm-cht report RUN                                      write RUN/report.html
   llm-cht sweep SWEEP.yaml [--section.key value ...]      make a grid of runs and compare them
   llm-cht export RUN FOLDER [--dtype bfloat16]            write the model of a run's (or one) checkpoint to a folder
+  llm-cht convert SOURCE FOLDER --sparsity 0.9 ...        make a model sparse, dense again, or smaller (`--help`)
   llm-cht methods [PRESET]                                what can be trained: all methods, or what one preset decides
 
 `llm-cht --version` prints the version.
@@ -162,8 +169,7 @@ def _report(arguments: Sequence[str]) -> None:
 
 
 def _export(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser("llm-cht export", description="Write the model of a checkpoint to a folder.")
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser = _Parser("llm-cht export", description="Write the model of a checkpoint to a folder.")
     parser.add_argument("place", metavar="RUN", help="a run (its newest good checkpoint) or RUN/checkpoints/step-...")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="what `from_pretrained` of transformers then loads")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -174,6 +180,29 @@ def _export(arguments: Sequence[str]) -> None:
 
     checkpoint = export(options.place, options.folder, getattr(torch, options.dtype))
     print(f"{options.folder}: the model of {checkpoint}, in {options.dtype}")
+
+
+def _convert(arguments: Sequence[str]) -> None:
+    parser = _Parser("llm-cht convert", description=_CONVERT_HELP)
+    parser.add_argument("source", metavar="SOURCE", help="a Hugging Face model: a local folder, or a name of the hub")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the new folder; it must not be there, or be empty")
+    parser.add_argument("--sparsity", type=float, help="make it sparse: share of missing links, e.g. 0.9")
+    parser.add_argument("--dense", action="store_true", help="write a sparse folder without its topology")
+    parser.add_argument("--compact", action="store_true", help="write a sparse folder without its inactive neurons")
+    parser.add_argument("--by", default="magnitude", help="magnitude, ri: the strongest; er, brf, bsw, bsf: drawn")
+    parser.add_argument("--budget", default="uniform", help="links per layer: uniform, er, erk; global: by score")
+    parser.add_argument("--percolate", action="store_true", help="remove links that pass no signal")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn, and of ties")
+    parser.add_argument("--include", nargs="+", metavar="REGEX", help="layers to make sparse (default: the family's)")
+    parser.add_argument("--exclude", nargs="+", metavar="REGEX", default=[], help="layers to leave dense")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as each tensor is)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that came with SOURCE")
+    parser.add_argument("--time", action="store_true", help="after --compact: load both models and time them")
+    options = parser.parse_args(arguments)
+    from llm_cht.convert.run import Request, convert
+
+    print(convert(Request(**vars(options)), _say))
+    print(f"{options.folder}: converted from {options.source}")
 
 
 _SWEEP_HELP = """\
@@ -257,8 +286,11 @@ def _methods(arguments: Sequence[str]) -> None:
         print(f"# task: translation has {', '.join(f'{key}: {value}' for key, value in other.items())}")
 
 
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"llm-cht export: {message}; usage: llm-cht export RUN FOLDER [--dtype bfloat16]")
+class _Parser(argparse.ArgumentParser):
+    """Mistakes end like those of every other command."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` shows how {self.prog} is called")
 
 
 def _say(text: str) -> None:
@@ -271,6 +303,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "prepare": _prepare,
     "report": _report,
     "export": _export,
+    "convert": _convert,
     "sweep": _sweep,
     "methods": _methods,
 }

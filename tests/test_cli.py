@@ -6,7 +6,8 @@ from llm_cht.cli import main
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--help", "--version", "report --help", "prepare --help", "sweep --help", "train --help"]
+    "arguments",
+    ["--help", "--version", "report --help", "prepare --help", "sweep --help", "train --help", "convert --help"],
 )
 def test_help_and_version(arguments, capsys):
     try:

@@ -34,7 +34,7 @@ ROOMS = """
     topology.method topology.update topology.measure
     sparse sparse.linear sparse.packed
     sparse.families sparse.surgery sparse.folder vocabulary models data
-    evolve train report sweep cli
+    evolve convert train report sweep cli
 """.split()  # noqa: SIM905 (one line a group reads better)
 
 # Third parties that only some modules may import, and the programs around the package, which none may.

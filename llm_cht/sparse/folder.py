@@ -65,22 +65,29 @@ def write_topology(folder: Path, masks: Mapping[str, Tensor], preset: str, step:
 
 def read_topology(folder: Path, stem: str = "topology") -> Topology:
     """Read what ``write_topology`` wrote; ``UserError`` if a file is missing, or the two do not belong together."""
+    masks, preset, step = read_packed(folder, stem)
+    return Topology(dict(masks.items()), preset, step)
+
+
+def read_packed(folder: Path, stem: str = "topology") -> tuple[bits.PackedMasks, str, int]:
+    """As ``read_topology``, for models too large to have all their masks unpacked: masks, preset and step."""
     about, packed = _read_topology_files(folder, stem)
     layers = about["layers"]
     if layers.keys() != packed.keys():
         odd = sorted(layers.keys() ^ packed.keys())
         raise _mismatch(folder, stem, f"they name different layers, first {odd[0]!r}")
-    masks = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    masks = bits.PackedMasks({name: packed[name] for name in layers}, shapes)  # in the order of the model
     for name, layer in layers.items():
         out_features, in_features = layer["shape"]
         if packed[name].numel() != (out_features * in_features + 7) // 8:
             raise _mismatch(folder, stem, f"{packed[name].numel()} bytes of {name!r} are no {layer['shape']} mask")
-        masks[name] = bits.unpack(packed[name], (out_features, in_features))
+        shapes[name] = (out_features, in_features)
         if (links := int(masks[name].count_nonzero())) != layer["links"]:
             raise _mismatch(folder, stem, f"{name!r} has {links} links, the JSON file says {layer['links']}")
     if bits.digest(masks) != about["digest"]:
         raise _mismatch(folder, stem, "the digest of the masks is not the one in the JSON file")
-    return Topology(masks, about["preset"], about["step"])
+    return masks, about["preset"], about["step"]
 
 
 def _read_topology_files(folder: Path, stem: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -173,7 +180,7 @@ def verify_folder(folder: Path) -> dict[str, LinkCount]:
     A link may have weight 0 (history, underflow of a short ``dtype``), hence the two counts. Raises ``UserError``
     naming the layer where a weight lacks, has another shape or lies off the mask.
     """
-    masks = read_topology(folder).masks
+    masks = read_packed(folder)[0]
     counts: dict[str, LinkCount] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:

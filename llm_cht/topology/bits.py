@@ -6,7 +6,7 @@ Eight links a byte, the first in the lowest bit, rows one after the other; the l
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,32 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
         bit = mask[position::8]
         bit.copy_((packed[: bit.numel()] >> position) & 1)
     return mask.view(*shape)
+
+
+class PackedMasks(Mapping[str, Tensor]):
+    """Masks by layer name, bool (out, in), in an eighth of their memory: unpacked one by one, whenever asked for."""
+
+    def __init__(self, packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> None:
+        self.packed = packed
+        self.shapes = shapes
+
+    @classmethod
+    def of(cls, masks: Iterable[tuple[str, Tensor]]) -> "PackedMasks":
+        """Pack ``masks`` as they come."""
+        packed: dict[str, Tensor] = {}
+        shapes: dict[str, tuple[int, int]] = {}
+        for name, mask_OI in masks:
+            packed[name], shapes[name] = pack(mask_OI), (mask_OI.shape[0], mask_OI.shape[1])
+        return cls(packed, shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return unpack(self.packed[name], self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.packed)
+
+    def __len__(self) -> int:
+        return len(self.packed)
 
 
 def encode(flipped: Tensor) -> Tensor:
