@@ -92,8 +92,8 @@ def _out_of_memory(error: Exception) -> bool:
 def _memory_message(error: Exception) -> str:
     reason = (str(error).splitlines() or [""])[0] or "the system gives no more"
     return (
-        f"out of memory ({reason}); lower `train.micro_batch_size` (it changes nothing but memory and time), set "
-        "`train.activation_checkpointing: true`, or take a smaller model"
+        f"out of memory ({reason}); lower `train.micro_batch_size`, or for translation `train.micro_batch_tokens` "
+        "(they change nothing but memory and time), set `train.activation_checkpointing: true`, or take a smaller model"
     )
 
 
@@ -148,7 +148,9 @@ def _prepare(arguments: Sequence[str]) -> None:
     if settings.task == "translation":
         from llm_cht.data.pairs import describe
         from llm_cht.train.build import prepare_pairs
+        from llm_cht.train.config import check
 
+        check(settings)
         print(describe(prepare_pairs(settings)))
     else:
         from llm_cht.data.text import describe as describe_text

@@ -89,6 +89,16 @@ def build_model(
     return model
 
 
+def check_kind(settings: ModelSettings, kind: Kind) -> None:
+    """Refuse a checkpoint that is not there or is of the other kind, before anything is prepared for it.
+
+    Raises:
+        UserError: naming it.
+    """
+    if settings.path is not None:
+        _check_kind(_config_of(settings.path).is_encoder_decoder, kind, f"`model.path` = {settings.path!r}")
+
+
 def kind_of(config: Any) -> Kind:
     """What a transformers config describes."""
     return "seq2seq" if config.is_encoder_decoder else "causal"
@@ -159,13 +169,17 @@ def _shipped(name: str) -> Path:
     return configs_folder() / "models" / f"{name}.yaml"
 
 
-def _load(path: str, settings: ModelSettings, kind: Kind) -> PreTrainedModel:
+def _config_of(path: str) -> Any:
     if is_path(path) and not os.path.isdir(path):
         raise UserError(f"`model.path` = {path!r}: no folder here; give a Hugging Face model folder or hub name")
     try:
-        config = AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise _no_model(path, error) from error
+
+
+def _load(path: str, settings: ModelSettings, kind: Kind) -> PreTrainedModel:
+    config = _config_of(path)
     _check_keys(config, settings.overrides)
     _check_kind(config.is_encoder_decoder, kind, f"`model.path` = {path!r}")
     try:

@@ -141,9 +141,10 @@ def load_pairs(
     settings = with_absolute_paths(settings)
     split = _Split(pair_sources(settings), settings.validation_fraction)
     root = cache_root(settings.cache_dir)
+    place = "the tokenizer of `model.path`"
     if tokenizer is None:
-        tokenizer = _tokenizer(settings, split, root)
-    check_tokenizer(tokenizer, f"the tokenizer of `pairs.vocabulary` = {settings.vocabulary!r}")
+        tokenizer, place = _tokenizer(settings, split, root), f"`pairs.vocabulary` = {settings.vocabulary!r}"
+    check_tokenizer(tokenizer, place)
     limits = Limits(settings.max_length, settings.max_ratio)
     key = digest_of([*split.identity, pair_tokenizer_digest(tokenizer), *asdict(limits).values()])
     folder = built(root / f"pairs-{key}", partial(_prepare, split, tokenizer, limits), _CACHE)

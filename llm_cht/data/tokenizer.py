@@ -65,11 +65,15 @@ def trained_bpe(rules: str) -> PreTrainedTokenizerBase:
     )
 
 
-def load_tokenizer(name: str, setting: str = "data.tokenizer") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str,
+    setting: str = "data.tokenizer",
+    remedy: str = "give a folder with `tokenizer.json`, a `.model` file or a name of the hub",
+) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, a sentencepiece `.model` file, or on the hub; ``setting`` is where the name stands.
 
     Raises:
-        UserError: not found, not readable, without an end token.
+        UserError: not found, not readable, without an end token or any other but special ones.
     """
     place = f"`{setting}` = {name!r}"
     path = Path(name).expanduser()
@@ -82,12 +86,12 @@ def load_tokenizer(name: str, setting: str = "data.tokenizer") -> PreTrainedToke
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*sacremoses")  # Marian's own: its normalizer is not used
                 tokenizer = AutoTokenizer.from_pretrained(str(path))
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise UserError(
-                f"{place}: no tokenizer can be loaded from it: {reason}; give a folder with `tokenizer.json`, a "
-                "`.model` file or a name of the hub"
-            ) from error
+        except (OSError, ValueError, KeyError, ImportError, TypeError) as error:  # TypeError: Marian without its files
+            reason = (str(error).splitlines() or [""])[0].rstrip(" :")
+            raise UserError(f"{place}: no tokenizer can be loaded from it: {reason}; {remedy}") from error
+        # of a model's folder without tokenizer transformers makes an empty one for some families: T5's has one token
+        if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+            raise UserError(f"{place}: no tokenizer can be loaded from it: its files are not there; {remedy}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{place}: it has no end token, which separates documents; take a tokenizer with an eos token")
     return tokenizer

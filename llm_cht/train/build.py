@@ -20,7 +20,7 @@ from llm_cht.data.pairs import PairData, load_pairs
 from llm_cht.data.text import check_vocabulary, load_text
 from llm_cht.evolve.start import check_start, draw_start
 from llm_cht.evolve.updater import TopologyUpdater
-from llm_cht.models import build_model
+from llm_cht.models import build_model, check_kind
 from llm_cht.sparse.surgery import SparseModel, sparsify
 from llm_cht.topology.checks import without_effect
 from llm_cht.topology.method import resolve
@@ -95,6 +95,7 @@ def build(settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str
 def prepare_pairs(settings: RunSettings) -> PairData:
     """The sentence pairs of a run: first of all, because their vocabularies decide the size of the model."""
     assert settings.train.batch_tokens is not None
+    check_kind(settings.model, "seq2seq")
     trained = settings.pairs.vocabulary in TRAINED
     tokenizer = checkpoint_tokenizer(settings.model.path) if settings.model.path and trained else None
     return load_pairs(settings.pairs, settings.train.batch_tokens, settings.seed, tokenizer)

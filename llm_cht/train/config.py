@@ -64,9 +64,10 @@ class ValidationSettings:
     every: int | None = 1000
     """Optimizer steps between validations; null: at the end only."""
     max_tokens: int | None = 500_000
-    """Tokens per validation while training, null for all; the last one always uses everything."""
+    """Tokens per validation while training, null for all; the last one always uses everything.
+    Not for translation, where all do."""
     batch_size: int | None = None
-    """Sequences per forward pass; null: as in training. Of translation: pairs are taken by `train.batch_tokens`."""
+    """Sequences per forward pass; null: as in training. Not for translation, which goes by tokens as in training."""
     bleu_pairs: int | None = None
     """Translation: pairs of the validation data that are translated for BLEU, the first ones; null: all."""
     decode: DecodeSettings = field(default_factory=DecodeSettings)
@@ -210,18 +211,12 @@ def check(settings: RunSettings) -> None:
 
 def _check_task(settings: RunSettings) -> None:
     """Refuse settings of the other task, which would be overlooked."""
-    train, plain = settings.train, TrainSettings()
-    of_text = ("batch_size", "micro_batch_size")
-    of_pairs = ("batch_tokens", "micro_batch_tokens", "label_smoothing")
+    train = settings.train
     translates = settings.task == "translation"
-    for key in of_text if translates else of_pairs:
-        if getattr(train, key) != getattr(plain, key):
-            other, instead = ("language_modelling", of_pairs) if translates else ("translation", of_text)
-            raise UserError(
-                f"`train.{key}` = {getattr(train, key)} belongs to `task: {other}`, and the task is {settings.task}; "
-                f"leave it out (here it is `train.{instead[0]}` that counts), or set `task`"
-            )
+    _check_none_of_other(settings)
     if translates:
+        if settings.data != DataSettings():
+            raise UserError("`data` are given and the task is translation, which has `pairs`; leave them out")
         if train.batch_tokens is None:
             raise UserError("`train.batch_tokens` is not set: translation needs it; give the tokens of a step")
         if not 0 <= train.label_smoothing < 1:
@@ -237,6 +232,27 @@ def _check_task(settings: RunSettings) -> None:
             f"`train.batch_size` = {train.batch_size} is no multiple of `train.micro_batch_size` = {micro}; "
             "change one of them"
         )
+
+
+def _check_none_of_other(settings: RunSettings) -> None:
+    plain, translates = RunSettings(), settings.task == "translation"
+    of_text = {"train": ("batch_size", "micro_batch_size"), "validation": ("max_tokens", "batch_size")}
+    of_pairs = {
+        "train": ("batch_tokens", "micro_batch_tokens", "label_smoothing"),
+        "validation": ("bleu_pairs", "decode"),
+    }
+    foreign, other = (of_text, "language_modelling") if translates else (of_pairs, "translation")
+    for section, keys in foreign.items():
+        for key in keys:
+            given = getattr(getattr(settings, section), key)
+            if given == getattr(getattr(plain, section), key):
+                continue
+            counts = f"`train.{'batch_tokens' if translates else 'batch_size'}`"
+            hint = f" (here it is {counts} that counts)" if section == "train" else ""
+            raise UserError(
+                f"`{section}.{key}` = {given} belongs to `task: {other}`, and the task is {settings.task}; "
+                f"leave it out{hint}, or set `task`"
+            )
 
 
 def _check_export(settings: RunSettings) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -56,6 +57,9 @@ def _train(settings: RunSettings, engine: Engine, watchdog: Watchdog, say: Calla
             _check_data(checkpoint.state["data_fingerprint"], built.task.fingerprint, str(checkpoint.path))
             restore(built.parts, checkpoint, settings.seed)
         say(f"resumed from {checkpoint.path}")
+        if built.parts.progress.best is not None and _measures_otherwise(checkpoint.state["settings"], settings):
+            built.parts.progress.best = None
+            say("note: `validation` has changed, so that the best checkpoint is looked for anew from here on")
     else:
         seed_rank(settings.seed, 0)
     with ExitStack() as stack:
@@ -116,6 +120,14 @@ def _opened_log(run: Path, settings: RunSettings, checkpoint: Checkpoint | None)
 
 def _silent(text: str) -> None:
     """What the ranks besides the main one say."""
+
+
+def _measures_otherwise(saved: dict[str, Any], settings: RunSettings) -> bool:
+    """Whether figures of validations cannot be compared with those of the run as it was ``saved``."""
+    old, new = config.flat(saved), config.flat(yaml.safe_load(config.dump(settings)))
+    computed = ("validation.every", "validation.batch_size")
+    keys = {key for key in old.keys() & new.keys() if key.startswith("validation.") and key not in computed}
+    return any(old[key] != new[key] for key in keys)
 
 
 def _check_data(saved: str, now: str, place: str) -> None:

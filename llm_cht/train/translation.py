@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM
 
 from llm_cht import dist
 from llm_cht.data.pairs import HeldOut, PairData
+from llm_cht.data.tokenizer import load_tokenizer
 from llm_cht.errors import UserError
 from llm_cht.train.bleu import Bleu, bleu, copy_baseline
 from llm_cht.train.config import RunSettings
@@ -26,6 +27,7 @@ from llm_cht.train.decode import translate
 from llm_cht.train.engine import Engine
 from llm_cht.train.flops import PairFlops
 from llm_cht.train.task import Inputs, Work
+from llm_cht.train.validate import validate
 from llm_cht.vocabulary import Vocabulary
 
 Watched = Callable[[Iterable[Any]], Iterator[Any]]
@@ -76,9 +78,11 @@ class Translation:
         return self._flops.of_step(work.lengths, round(density * self._flops.positions), dense_gradient)
 
     def validation(self, everything: bool) -> Iterable[Inputs]:
-        """The validation pairs."""
-        assert self._settings.train.batch_tokens is not None
-        return self._data.validation.batches(self._settings.train.batch_tokens)
+        """The validation pairs, in passes no larger than those of training on one rank."""
+        train = self._settings.train
+        size = train.micro_batch_tokens or train.batch_tokens
+        assert size is not None
+        return self._data.validation.batches(size)
 
     def measure(self, model: Any, engine: Engine, watched: Watched) -> dict[str, Any]:
         """BLEU of the first validation pairs."""
@@ -98,9 +102,15 @@ class Translation:
         self.stream.load_state_dict(position)
 
     def conclude(self, folder: Path, engine: Engine, watched: Watched) -> dict[str, Any]:
-        """BLEU of the finished model on all validation pairs and on the test, beside that of copying the source."""
-        model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(engine.device)
-        figures: dict[str, Any] = {}
+        """Perplexity of the finished model, and its BLEU on all validation pairs and on the test.
+
+        The BLEU of copying the source stands beside.
+        """
+        with dist.together(patient=True):
+            model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(engine.device)
+        figures: dict[str, Any] = {
+            "perplexity": validate(model, watched(self.validation(True)), engine, self).perplexity
+        }
         for name, pairs in {"": self._data.validation, "test_": self._data.test}.items():
             if pairs is not None:
                 ours, copied = self._bleu(model, pairs, watched), copy_baseline(pairs.sources, pairs.references)
@@ -137,14 +147,7 @@ def checkpoint_tokenizer(path: str) -> Any:
     Raises:
         UserError: there is none.
     """
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"`model.path` = {path!r}: no tokenizer can be loaded from it: {reason}; put the checkpoint's own there, "
-            "or name one in `pairs.vocabulary`"
-        ) from error
+    return load_tokenizer(path, "model.path", "put the checkpoint's own there, or name one in `pairs.vocabulary`")
 
 
 def vocabulary_of(pairs: PairData) -> Vocabulary:

@@ -1,5 +1,6 @@
 """Translation through the command line: what a run leaves behind, its learning rate, its loss, resume, and the end."""
 
+import json
 import math
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, MarianMTModel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MarianMTModel
 
 from llm_cht.cli import main
 from llm_cht.config import parse
@@ -18,8 +19,10 @@ from llm_cht.sparse.folder import read_topology, verify_folder
 from llm_cht.train.bleu import bleu
 from llm_cht.train.build import prepare_pairs
 from llm_cht.train.config import RunSettings
+from llm_cht.train.integrity import describe, read_manifest, write_manifest
 from llm_cht.train.translation import shifted, vocabulary_of
-from tests.helpers import PAIR_MODEL, learned, records, tiny_config, tiny_translation, told
+from tests.helpers import MODEL, PAIR_MODEL, learned, records, tiny_config, tiny_translation, told
+from tests.translators import new_model, new_tokenizer
 
 CERTAIN = PAIR_MODEL | {"dropout": 0.0, "attention_dropout": 0.0}
 
@@ -176,6 +179,8 @@ MISTAKES = {
     "causal": ({"model": {"config": "llama_9m", "overrides": {}}}, "llama_9m", "task"),
     "average": ({"checkpoint": {"export": "average"}}, "checkpoint.keep_last"),
     "best": ({"checkpoint": {"save_best": False}}, "`checkpoint.export: best`"),
+    "validation in sequences": ({"validation": {"batch_size": 4}}, "`validation.batch_size` = 4", "task"),
+    "validation by a part": ({"validation": {"max_tokens": 100}}, "`validation.max_tokens` = 100", "task"),
     "warm-up": ({"lr": {"warmup_steps": 0}}, "`lr.warmup_steps` = 0"),
 }
 
@@ -191,6 +196,71 @@ def test_mistakes_are_told_and_leave_nothing(tmp_path, capsys, name):
 def test_settings_of_translation_are_refused_for_text(tmp_path, capsys):
     code = main(["train", str(tiny_config(tmp_path, train={"label_smoothing": 0.1}))])
     told(code, capsys.readouterr().err, "`train.label_smoothing` = 0.1", "task")
+
+
+def test_text_is_refused_for_translation(tmp_path, capsys):
+    code = main(["train", str(tiny_translation(tmp_path)), "--data.vocab_size", "999"])
+    told(code, capsys.readouterr().err, "`data`", "`pairs`")
+
+
+def test_bleu_settings_are_refused_for_text(tmp_path, capsys):
+    code = main(["train", str(tiny_config(tmp_path, validation={"bleu_pairs": 8}))])
+    told(code, capsys.readouterr().err, "`validation.bleu_pairs` = 8", "task")
+
+
+def test_prepare_tells_mistakes_too(tmp_path, capsys):
+    code = main(["prepare", str(tiny_translation(tmp_path, train={"batch_tokens": None}))])
+    told(code, capsys.readouterr().err, "`train.batch_tokens`")
+
+
+@pytest.mark.parametrize("family", ["marian", "bart", "t5"])
+def test_a_checkpoint_without_tokenizer_is_refused(tmp_path, capsys, family):
+    """transformers gives an empty tokenizer for BART and T5: a run would read unknown words alone."""
+    path = tmp_path / "checkpoint"
+    new_model(family, new_tokenizer(tmp_path / "elsewhere")).save_pretrained(path)
+    code = main(["train", str(tiny_translation(tmp_path)), "--model.path", str(path), "--model.overrides", "{}"])
+    told(code, capsys.readouterr().err, "`model.path`", "no tokenizer", "`pairs.vocabulary`")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("place", "parts"), [("gone", ("no folder here",)), ("causal", ("task: translation",))])
+def test_a_checkpoint_that_cannot_translate_is_refused_before_pairs_are_read(tmp_path, capsys, place, parts):
+    LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(tmp_path / "causal")
+    config = tiny_translation(tmp_path, pairs={"train": "nowhere/train"})
+    code = main(["train", str(config), "--model.path", str(tmp_path / place), "--model.overrides", "{}"])
+    told(code, capsys.readouterr().err, "`model.path`", *parts)
+
+
+def test_the_perplexity_is_that_of_the_model(tmp_path):
+    """Not of the last step, where the best one is exported."""
+    config = tiny_translation(tmp_path, validation={"bleu_pairs": None}, optimizer={"lr": 4.0})
+    assert main(["train", str(config)]) == 0
+    run = tmp_path / "run"
+    end = records(run, "end")[0]["summary"]
+    of_step = {r["step"]: r["perplexity"] for r in records(run, "validation")}
+    assert end["model_of_steps"] != [20]
+    assert end["perplexity"] == pytest.approx(of_step[end["model_of_steps"][0]], rel=1e-5)
+
+
+@pytest.mark.parametrize(("beams", "kept"), [(2, 101.0), (3, None)])
+def test_the_best_is_looked_for_anew_where_bleu_is_measured_otherwise(tmp_path, capsys, beams, kept):
+    """A best BLEU of another beam search would keep every later checkpoint from being the best."""
+    assert main(["train", str(tiny_translation(tmp_path))]) == 0
+    run = tmp_path / "run"
+    at = run / "checkpoints" / "step-00000015"
+    state = json.loads((at / "state.json").read_text())
+    state["progress"]["best"] = 101.0
+    (at / "state.json").write_text(json.dumps(state))
+    manifest = read_manifest(at)
+    del manifest["format"]
+    files = manifest.pop("files") | {"state.json": describe(at / "state.json")}
+    write_manifest(at, manifest, files)
+    more = ["--resume", str(at), "--validation.decode.beams", str(beams)]
+    assert main(["train", str(run / "config.yaml"), *more]) == 0
+    state = json.loads((run / "checkpoints" / "step-00000020" / "state.json").read_text())
+    last = records(run, "validation")[-1]["bleu"]
+    assert state["progress"]["best"] == (kept or last)
+    assert ("looked for anew" in capsys.readouterr().err) == (kept is None)
 
 
 def test_export_gives_the_same_bleu_as_the_run(tmp_path):
