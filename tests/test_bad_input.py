@@ -198,7 +198,7 @@ def test_model_configs(refused, tmp_path):
     refused(*train, broken, parts=(str(broken), "not YAML", "line 1", "correct it"))
     refused(*train, binary, parts=(str(binary), "not YAML"))
     config = tiny_config(tmp_path, model={"config": str(other), "overrides": {}})
-    refused("train", config, parts=("model type `gpt2`", "known: llama", "`sparse.include`"))
+    refused("train", config, parts=("is a Conv1D", "`sparse.exclude`"))
 
 
 def test_model_checkpoints(refused, tmp_path, run):
