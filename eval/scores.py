@@ -27,8 +27,10 @@ class Scores:
 
     accuracy: float
     accuracy_error: float
+    accuracy_seeds: list[float]
     mcc: float
     mcc_error: float
+    mcc_seeds: list[float]
 
 
 def accuracy_and_mcc(
@@ -61,9 +63,13 @@ def score(labels_N: Numbers, predictions_SN: Numbers, num_classes: int, resample
     """
     rows, counts_U = np.unique(np.vstack([labels_N, predictions_SN]), axis=1, return_counts=True)
     drawn_BU = np.random.default_rng(seed).multinomial(counts_U.sum(), counts_U / counts_U.sum(), size=resamples)
-    (accuracy, mcc), (accuracy_B, mcc_B) = (
-        np.mean([accuracy_and_mcc(counts_BU, rows[0], row, num_classes) for row in rows[1:]], axis=0)
+    of_all, of_drawn = (
+        np.array([accuracy_and_mcc(counts_BU, rows[0], row, num_classes) for row in rows[1:]])  # (seeds, 2, B)
         for counts_BU in (counts_U[None], drawn_BU)
     )
-    errors = (float(values_B.std(ddof=1)) for values_B in (accuracy_B, mcc_B))
-    return Scores(float(accuracy[0]), next(errors), float(mcc[0]), next(errors))
+    errors = of_drawn.mean(0).std(1, ddof=1).tolist()
+    accuracies, mccs = of_all[:, 0, 0], of_all[:, 1, 0]
+    return Scores(
+        *(float(accuracies.mean()), errors[0], accuracies.tolist()),
+        *(float(mccs.mean()), errors[1], mccs.tolist()),
+    )

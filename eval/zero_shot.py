@@ -89,7 +89,8 @@ def _work(arguments: Sequence[str] | None, scratch: Path) -> None:
     from eval import zero_shot_tasks as tasks
 
     runs.quiet()
-    plan, told = tasks.Plan({}, {}, {}), {}
+    plan = tasks.Plan({}, {}, {})
+    told: dict[str, Any] = {}
     with dist.together(patient=True):
         if dist.is_main():
             for name in options.models:
@@ -154,10 +155,11 @@ def _tell(report: dict[str, Any], options: argparse.Namespace) -> None:
         local = [task["task"] for task in report["tasks"] if task["data"] != "hub"]
         print("\nThe same by lm-eval itself:\n")
         for name in options.models:
-            arguments = f"pretrained={name},dtype={options.dtype}"
+            arguments = shlex.quote(f"pretrained={name},dtype={options.dtype}")
             print(
-                f"lm_eval run --model hf --model_args {shlex.quote(arguments)} --batch_size {options.batch_size} --device "
-                f"{options.device} --include_path {shlex.quote(str(options.write_tasks))} --tasks {','.join(local)}"
+                f"lm_eval run --model hf --model_args {arguments} --num_fewshot {options.num_fewshot} "
+                f"--batch_size {options.batch_size} --device {options.device} "
+                f"--include_path {shlex.quote(str(options.write_tasks))} --tasks {','.join(local)}"
             )
     if options.plot:
         chart(report, options.plot)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,10 @@ class Model(HFLM):
             raise UserError(f"{name}: runs code of its own; read it, and trust it with --trust_remote_code") from error
         self.name, self.embeddings = name, model.get_input_embeddings().num_embeddings
         super().__init__(pretrained=model.to(options.device), tokenizer=tokenizer, batch_size=options.batch_size)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Called by lm-eval; its bars are for terminals only."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **options: Any) -> list[tuple[float, bool]]:
         """Called by lm-eval with (texts, tokens of the context, tokens of the continuation)."""

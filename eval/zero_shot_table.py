@@ -8,7 +8,7 @@ JSON value with labels and predictions in it: table and chart follow from it, an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from llm_cht.errors import UserError
 Record = dict[str, Any]
 
 _SPELLED_OUT = 4  # classes of which every share is shown
+_INK = "#20262e"
 _COLOURS = ("#1f5f8b", "#d9983a", "#3aa69b", "#b8432f", "#7a5195", "#86b3d9", "#c9a227", "#7b838d")
 
 
@@ -37,7 +38,7 @@ def figures_of(model: str, task: Record, found: Sequence[Record], resamples: int
         num_classes = len(task["classes"])
         predictions = np.array([record["predictions"] for record in found])
         scores = score(np.array(first["labels"]), predictions, num_classes, resamples, seed=0)
-        figures |= {"mcc": scores.mcc, "mcc_error": scores.mcc_error}
+        figures |= {"mcc": scores.mcc, "mcc_error": scores.mcc_error, "mcc_seeds": scores.mcc_seeds}
         figures |= {"predicted": balance(predictions, num_classes), "predictions": predictions.tolist()}
     elif "correct" in first:
         correct = np.array([record["correct"] for record in found])
@@ -45,7 +46,8 @@ def figures_of(model: str, task: Record, found: Sequence[Record], resamples: int
         figures["correct"] = correct.tolist()
     else:
         return figures
-    return figures | {"accuracy": scores.accuracy, "accuracy_error": scores.accuracy_error}
+    figures |= {"accuracy": scores.accuracy, "accuracy_error": scores.accuracy_error}
+    return figures | {"accuracy_seeds": scores.accuracy_seeds}
 
 
 def averages(figures: Sequence[Record]) -> Record:
@@ -108,8 +110,10 @@ def _rows_of(task: Record, figures: Sequence[Record]) -> list[list[str]]:
 def _value(record: Record, name: str, scale: float, digits: int) -> str:
     if record[name] is None:
         return "-"
-    cell = f"{scale * record[name]:.{digits}f} ± {scale * record[f'{name}_error']:.{digits}f}"
-    return cell.replace("-0." + "0" * digits + " ", "0." + "0" * digits + " ")
+    value = round(scale * record[name], digits) + 0.0  # no -0.000
+    seeds = record.get(f"{name}_seeds", ())
+    over_seeds = f" ({scale * np.std(seeds, ddof=1):.{digits}f})" if len(seeds) > 1 else ""
+    return f"{value:.{digits}f} ± {scale * record[f'{name}_error']:.{digits}f}{over_seeds}"
 
 
 def _shares(classes: Sequence[str], shares: Sequence[float]) -> str:
@@ -129,7 +133,8 @@ def _notes(report: Record) -> list[str]:
     )
     if settings["num_fewshot"]:
         seeds = ", ".join(map(str, settings["seeds"]))
-        notes.append(f"{settings['num_fewshot']} shots, means over the seeds {seeds} that draw them.")
+        spread = " (in brackets: standard deviation over them)" if len(settings["seeds"]) > 1 else ""
+        notes.append(f"{settings['num_fewshot']} shots, means over the seeds {seeds} that draw them{spread}.")
     if settings["limit"]:
         notes.append(f"Only the first {settings['limit']:,} documents of each task.")
     notes += [f"{row['task']}: {row['reason']}." for row in report["skipped"]]
@@ -139,12 +144,13 @@ def _notes(report: Record) -> list[str]:
         for task in report["tasks"]
         if task["prompt_differs"]
     ]
-    notes += [
-        f"{row['model']} on {row['task']}: {row['cut']:,} prompts (one a choice) lost their beginning, for they are "
-        "longer than its positions."
-        for row in report["figures"]
-        if row["cut"]
-    ]
+    for model in report["models"]:
+        rows = [row for row in report["figures"] if row["model"] == model["model"] and row["cut"]]
+        if rows:
+            cut = ", ".join(f"{row['task']} {row['cut']:,}" for row in rows)
+            notes.append(
+                f"{model['model']}: prompts, one a choice, that lost their beginning, longer than its positions: {cut}."
+            )
     return [line for note in notes for line in (note, "")][:-1]
 
 
@@ -157,42 +163,47 @@ def chart(report: Record, path: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    figure = Figure(figsize=(max(7.0, 2.2 + 0.75 * (len(report["tasks"]) + 1)), 6.2), layout="constrained")
-    upper, lower = figure.subplots(2, 1)
-    for axes, name, scale in ((upper, "mcc", 1), (lower, "accuracy", 100)):
-        _bars(axes, report, name, scale)
-    upper.set_ylabel("Matthews correlation")
-    upper.axhline(0, color="#20262e", linewidth=0.8)
-    lower.set_ylabel("accuracy %")
-    if len(report["models"]) > 1 or upper.containers:
-        handles, labels = (upper if upper.containers else lower).get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
+    panels = [name for name in ("mcc", "accuracy") if any(name in row for row in report["figures"])]
+    if not panels:
+        raise UserError(f"--plot {path}: no task here has an accuracy to draw; leave it out")
+    figure = Figure(figsize=(max(7.0, 2.2 + 0.75 * (len(report["tasks"]) + 1)), 0.6 + 2.8 * len(panels)))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, name in zip(axes, panels, strict=True):
+        _bars(axis, report, name)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     try:
         figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path}: cannot be written: {error}; give a file FILE.svg or FILE.png") from error
+    except OSError as error:
+        raise UserError(f"--plot {path}: cannot be written: {error.strerror}; give another file") from error
 
 
-def _bars(axes: Any, report: Record, name: str, scale: float) -> None:
+def _bars(axes: Any, report: Record, name: str) -> None:
+    scale, title, label = {
+        "mcc": (1, "x: says one label to everything", "Matthews correlation"),
+        "accuracy": (100, "line: always the most frequent label", "accuracy %"),
+    }[name]
     of_pair = {(row["model"], row["task"]): row for row in report["figures"] if name in row}
-    tasks = [task for task in report["tasks"] if any(task["task"] == key[1] for key in of_pair)]
-    names = [task["task"] for task in tasks]
-    models = [model["model"] for model in report["models"]]
-    width = 0.8 / len(models)
-    for number, (model, average) in enumerate(zip(models, report["averages"], strict=True)):
-        rows: list[Mapping[str, Any]] = [of_pair[model, task] for task in names]
-        rows += [average] if rows else []
-        places = np.arange(len(rows)) + (number - (len(models) - 1) / 2) * width
+    tasks = [task for task in report["tasks"] if (report["models"][0]["model"], task["task"]) in of_pair]
+    width = 0.8 / len(report["models"])
+    for number, average in enumerate(report["averages"]):
+        rows = [*(of_pair[average["model"], task["task"]] for task in tasks), average]
+        places = np.arange(len(rows)) + (number + 0.5) * width - 0.4
         heights, errors = ([scale * row[key] for row in rows] for key in (name, f"{name}_error"))
-        style = {"color": _COLOURS[number % len(_COLOURS)], "label": model, "error_kw": {"elinewidth": 0.9}}
-        axes.bar(places, heights, width, yerr=errors, **style)
-    if name == "accuracy":
-        for place, task in enumerate(tasks):
-            if task["balance"]:
-                axes.hlines(scale * max(task["balance"]), place - 0.45, place + 0.45, color="#20262e", linewidth=1.2)
-        axes.set_title("line: always the most frequent label", fontsize=8, loc="left", color="#7b838d")
-    axes.set_xticks(range(len(names) + 1), [*names, "average"])
+        style = {"color": _COLOURS[number % len(_COLOURS)], "label": average["model"]}
+        axes.bar(places, heights, width, yerr=errors, error_kw={"elinewidth": 0.9}, **style)
+        if name == "mcc":
+            constant = [place for place, row in zip(places, rows, strict=True) if 1 in row.get("predicted", ())]
+            axes.plot(constant, [0] * len(constant), "x", color=style["color"])
+    for place, task in enumerate(tasks):
+        if name == "accuracy" and task["balance"]:
+            axes.hlines(scale * max(task["balance"]), place - 0.45, place + 0.45, color=_INK, linewidth=1.2)
+    axes.set_title(title, fontsize=8, loc="left", color="#7b838d")
+    axes.set_ylabel(label)
+    axes.set_xticks(range(len(tasks) + 1), [*(task["task"] for task in tasks), "average"])
     axes.tick_params(axis="x", length=0, labelsize=8)
+    axes.margins(x=0.02)
+    axes.axhline(0, color=_INK, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e8ebee")
     axes.set_axisbelow(True)

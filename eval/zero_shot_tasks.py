@@ -236,7 +236,7 @@ def check(source: Source, task: Any, options: Any) -> None:
         if label is None or (isinstance(stated, int) and not 0 <= stated < len(choices)):
             raise UserError(
                 f"{source.place(number)}: label {task.doc_to_target(document) if stated is None else stated!r} is "
-                f"outside the {len(choices)} choices of {source.name}, numbered from 0; mend it, or leave the document out"
+                f"outside the {len(choices)} choices of {source.name}, numbered from 0; mend it, or leave the line out"
             )
 
 
