@@ -15,9 +15,12 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import datasets
 import lm_eval
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -72,6 +75,8 @@ def quiet() -> None:
     """Keep lm-eval's notes (defaults of metrics, requests that are cut) off the terminal; what matters is told here."""
     for name in ("lm_eval", "evaluate", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 def share(costs: Sequence[float], processes: int) -> list[int]:
@@ -114,13 +119,14 @@ def evaluate(model: Model, task: Any, job: Job, options: Any) -> dict[str, Any]:
     has_choices = task.OUTPUT_TYPE == "multiple_choice"
     model.cut = 0
     try:
-        results = lm_eval.evaluate(
-            model,
-            {"tasks": {job.task: task}},
-            limit=options.limit,
-            bootstrap_iters=0 if has_choices else options.bootstrap,
-            log_samples=True,
-        )
+        with patch("lm_eval.api.task.tqdm", partial(tqdm, disable=None), create=True):
+            results = lm_eval.evaluate(
+                model,
+                {"tasks": {job.task: task}},
+                limit=options.limit,
+                bootstrap_iters=0 if has_choices else options.bootstrap,
+                log_samples=True,
+            )
     except torch.OutOfMemoryError as error:
         raise UserError(f"{job.model} on {job.task}: the GPU's memory is too small; lower --batch_size") from error
     own = {key: value for key, value in results["results"][job.task].items() if isinstance(value, int | float)}

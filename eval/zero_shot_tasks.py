@@ -181,9 +181,7 @@ def load(source: Source) -> Any:
                 f"{source.data}: is no data of {source.name}: {type(error).__name__}: {reason}; its fields must be "
                 "those of the hub's data set"
             ) from error
-        raise UserError(
-            f"task {source.name}: {reason}; give its JSON lines with --data, or connect to the hub"
-        ) from error
+        raise UserError(f"{reason}; give its JSON lines with --data, or connect to the hub") from error
     return task
 
 
@@ -232,7 +230,7 @@ def check(source: Source, task: Any, options: Any) -> None:
             label = label_of(task, document, choices)
         except FAILURES as error:
             raise UserError(f"{source.place(number)}: is no document of {source.name}: {error}; mend it") from error
-        stated = document.get("label")
+        stated = document.get("label") if source.name in DEFAULT else None  # elsewhere it may be no number of a choice
         if label is None or (isinstance(stated, int) and not 0 <= stated < len(choices)):
             raise UserError(
                 f"{source.place(number)}: label {task.doc_to_target(document) if stated is None else stated!r} is "
@@ -276,15 +274,13 @@ def plan(options: Any, folder: Path) -> Plan:
                 reach_hub(own[name])
                 task = load(source)
             except UserError as error:
-                lacking = f"no {_FILES.get(name, name + '.jsonl')} in {options.data}, and" if options.data else ""
+                lacking = f"no {_FILES.get(name, name + '.jsonl')} in {options.data}, and " if options.data else ""
                 if options.data and not options.tasks:
-                    made.skipped[name] = f"skipped: {lacking} the hub cannot be reached"
+                    made.skipped[name] = f"skipped: {lacking}the hub cannot be reached"
                     continue
-                raise UserError(
-                    f"task {name}: {lacking} the hub's data cannot be had: {error}".replace(":  ", ": ")
-                ) from error
+                raise UserError(f"--tasks {name}: {lacking}the hub's data cannot be had: {error}") from error
         check(source, task, options)
         made.sources[name], made.tasks[name] = source, task
     if not made.tasks:
-        raise UserError(f"--data {options.data}: has none of the files {', '.join(names)}.jsonl, and no hub is there")
+        raise UserError(f"--data {options.data}: has no file such as cola.jsonl, and the hub cannot be reached")
     return made
