@@ -195,8 +195,10 @@ def test_two_processes_give_the_table_of_one(folder: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # the command reads every task file of lm-eval
 def test_the_stock_command_finds_the_same_accuracies(folder: Path, capfd: pytest.CaptureFixture[str]):
-    tasks = ["--tasks", "cola,mnli,cb,copa,hellaswag", "--limit", "8", "--write_tasks", folder / "tasks"]
+    # not cola: lm-eval computes the error of its Matthews correlation by 100,000 calls of scikit-learn
+    tasks = ["--tasks", "mnli,sst2,cb,copa,hellaswag", "--limit", "8", "--write_tasks", folder / "tasks"]
     report = report_of(folder, "b", *tasks)
     (command,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith("lm_eval "))
     call = [sys.executable, "-m", *shlex.split(command), "--limit", "8", "--output_path", str(folder / "stock")]
@@ -204,8 +206,6 @@ def test_the_stock_command_finds_the_same_accuracies(folder: Path, capfd: pytest
     assert done.returncode == 0, done.stderr
     (file,) = (folder / "stock").rglob("results_*.json")
     theirs = json.loads(file.read_text())["results"]
-    for row in report["figures"]:
-        if row["task"] == "cola":
-            assert theirs["cola"]["mcc,none"] == pytest.approx(row["mcc"])
-        else:
-            assert theirs[row["task"]]["acc,none"] == row["accuracy"]
+    assert {row["task"]: row["accuracy"] for row in report["figures"]} == {
+        name: pytest.approx(theirs[name]["acc,none"]) for name in theirs
+    }
