@@ -32,5 +32,5 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
-	$(PIP_INSTALL) --editable '.[dev,deepspeed]'
+	$(PIP_INSTALL) --editable '.[dev,deepspeed,eval]'
 	@touch $@

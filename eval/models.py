@@ -33,9 +33,9 @@ def load(kind: Any, name: str, what: str, **options: Any) -> Any:
         raise UserError(f"{name}: {kind.__name__} cannot load it: {reason}; {remedy}") from error
 
 
-def load_model(kind: Any, name: str, what: str, dtype: str) -> Any:
+def load_model(kind: Any, name: str, what: str, dtype: str, **options: Any) -> Any:
     """A model whose weights are all there, in ``dtype``, on the CPU."""
-    model, loading = load(kind, name, what, dtype=getattr(torch, dtype), output_loading_info=True)
+    model, loading = load(kind, name, what, dtype=getattr(torch, dtype), output_loading_info=True, **options)
     if loading["missing_keys"]:
         raise UserError(f"{name}: it has no weights for {min(loading['missing_keys'])}; copy or export it again")
     return model
