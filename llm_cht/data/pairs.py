@@ -53,6 +53,7 @@ __all__ = [
     "check",
     "describe",
     "load_pairs",
+    "untrained",
     "with_absolute_paths",
 ]
 
@@ -124,6 +125,15 @@ def with_absolute_paths(settings: PairSettings) -> PairSettings:
         vocabulary = absolute(vocabulary)
     cache = None if cache is None else absolute(expanded(cache, _CACHE))
     return replace(settings, **names, vocabulary=vocabulary, cache_dir=cache)
+
+
+def untrained(settings: PairSettings, of_checkpoint: bool) -> list[str]:
+    """Names of given settings of a vocabulary to train, where a tokenizer is given (``of_checkpoint`` or named)."""
+    trains, plain = settings.vocabulary in TRAINED, PairSettings()
+    if trains and not of_checkpoint:
+        return []
+    names = ("vocabulary", "joint", "vocab_size", "lowercase") if trains else ("joint", "vocab_size", "lowercase")
+    return [name for name in names if getattr(settings, name) != getattr(plain, name)]
 
 
 def load_pairs(

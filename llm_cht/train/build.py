@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from llm_cht import dist
 from llm_cht.data.pair_vocabulary import TRAINED
-from llm_cht.data.pairs import PairData, load_pairs
+from llm_cht.data.pairs import PairData, load_pairs, untrained
 from llm_cht.data.text import check_vocabulary, load_text
 from llm_cht.evolve.start import check_start, draw_start
 from llm_cht.evolve.updater import TopologyUpdater
@@ -68,6 +68,8 @@ def build(settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str
     start = None
     with dist.together(patient=True):
         pairs = prepare_pairs(settings) if settings.task == "translation" else None
+        for name in untrained(settings.pairs, settings.model.path is not None) if pairs is not None else ():
+            say(f"note: `pairs.{name}` has no effect, because no vocabulary is trained here")
         model, sparse = _build_model(settings, engine, pairs, say)
         if sparse is not None and fresh:
             check_start(sparse, method, on_gpu=engine.device.type == "cuda")

@@ -31,10 +31,14 @@ def write_final_model(built: Built, store: CheckpointStore, latest: Path, folder
     chosen: list[Checkpoint] = [newest]
     match exported(built.settings):
         case "best":
-            best = dist.from_main(str(store.best() or latest) if dist.is_main() else None)
+            with dist.together():
+                found = store.best() if dist.is_main() else None
+            best = dist.from_main(str(found or latest))
             chosen = [newest if Path(best) == latest else store.load(Path(best))]
         case "average":
-            earlier = dist.from_main([str(path) for path in store.folders()] if dist.is_main() else None)
+            with dist.together():
+                folders = store.folders() if dist.is_main() else []
+            earlier = dist.from_main([str(path) for path in folders])
             loaded = [store.load(Path(path)) for path in earlier[-settings.average : -1]]
             chosen = [*(checkpoint for checkpoint in loaded if same_topology(checkpoint, newest)), newest]
     with dist.together(patient=True):
