@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MarianMTM
 
 from llm_cht.cli import main
 from llm_cht.config import parse
-from llm_cht.models import build_model
+from llm_cht.models import build_model, configs_folder
 from llm_cht.sparse.folder import read_topology, verify_folder
 from llm_cht.train.bleu import bleu
 from llm_cht.train.build import prepare_pairs
@@ -289,3 +289,15 @@ def test_export_gives_the_same_bleu_as_the_run(tmp_path):
     end = records(tmp_path / "run", "end")[0]["summary"]
     references = (tmp_path / "test.de").read_text().splitlines()
     assert bleu(hypotheses, references).score == pytest.approx(end["test_bleu"], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("preset", "times"), [("dense", 5), ("chts", 3)])
+def test_the_small_recipe_learns_to_translate(tmp_path, data_dir, monkeypatch, preset, times):
+    monkeypatch.setenv("LLM_CHT_DATA", str(data_dir))
+    recipe = configs_folder() / "translation" / "tiny_cpu.yaml"
+    assert main(["train", str(recipe), "--method.preset", preset, "--run", str(tmp_path / "run")]) == 0
+    end = records(tmp_path / "run", "end")[0]["summary"]
+    assert end["test_bleu"] > times * end["test_copy_bleu"]
+    assert end["test_bleu"] > 20
