@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _COMMANDS[command](rest) or 0
     except UserError as error:
         _print_once(error)
-        return 2
+        return _refused()
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
@@ -72,6 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("llm-cht: interrupted", file=sys.stderr)
         return 130
+
+
+def _refused() -> int:
+    """2. One of many ranks leaves at once: now and then threads of torch.distributed abort an interpreter's own end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+    return 2
 
 
 def _print_once(error: UserError) -> None:

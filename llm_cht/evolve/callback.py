@@ -64,7 +64,7 @@ class TopologyCallback(TrainerCallback):
             folder = Path(self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}")
             with dist.together():
                 load_state(self.updater, folder)
-        self.updater.agree("the start")
+        self.updater.agree("after the start")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the forward passes of a step."""

@@ -121,6 +121,7 @@ class TopologyUpdater:
         """
         clock = Clock()
         check_optimizer(self.shards.optimizer)
+        self.agree(f"before the topology update of step {step}")  # or the ranks send each other links that are none
         moment = Moment(step, self.method.updates.index(step), self.seed)
         weights = gather_weights(self.sparse.layers, self.owner, self.shards)
         gradients = self._gradients or self._gather_gradients()
@@ -144,7 +145,7 @@ class TopologyUpdater:
         for name, change in self._exchange(own, counts):
             sent += len(change.code) + (0 if change.weights is None else change.weights.nbytes)
             self._apply(name, change)
-        self.agree(f"the topology update of step {step}")
+        self.agree(f"after the topology update of step {step}")
         clock.lap("exchange")
         self.last_update = step
         self._stop_settled(counts)
@@ -267,7 +268,7 @@ class TopologyUpdater:
         first = grown.new_zeros(len(grown), dtype=torch.float32) if change.weights is None else change.weights
         self.shards.write(layer.weight, flipped, grown, first)
 
-    def agree(self, event: str) -> None:
+    def agree(self, when: str) -> None:
         """All ranks must have the same masks; what differs is named, and no rank says a word to another afterwards."""
         if dist.world_size() == 1:
             return
@@ -279,7 +280,7 @@ class TopologyUpdater:
             odd = [rank for rank, value in enumerate(values) if value != most]
             if odd:
                 raise dist.agreed(
-                    f"after {event} the mask of `{name}` on rank(s) {odd} differs from the "
+                    f"{when} the mask of `{name}` on rank(s) {odd} differs from the "
                     "other ranks'. The masks no longer agree: memory or network of a node is faulty; resume from the "
                     "last checkpoint without it"
                 )

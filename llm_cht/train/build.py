@@ -89,7 +89,7 @@ def build(settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str
         updater = TopologyUpdater(sparse, method, shards, settings.seed)
         if start is not None:
             updater.own_std = start.own_std
-            updater.agree("the start")
+            updater.agree("after the start")
     parts = Parts(model, shards, updater, task.stream, Progress())
     return Built(settings, engine, task, model, forward, optimizer, updater, parts, width, record)
 
