@@ -59,7 +59,8 @@ def write_topology(folder: Path, masks: Mapping[str, Tensor], preset: str, step:
         links = int(mask_OI.count_nonzero())
         layers[name] = {"shape": list(mask_OI.shape), "links": links, "sparsity": 1 - links / mask_OI.numel()}
     about = {"format": FORMAT, "preset": preset, "step": step, "digest": bits.digest(masks), "layers": layers}
-    save_file({name: bits.pack(mask_OI).cpu() for name, mask_OI in masks.items()}, folder / f"{stem}.safetensors")
+    packed = masks if isinstance(masks, bits.PackedMasks) else bits.PackedMasks.of(masks.items())
+    save_file({name: one.cpu() for name, one in packed.packed.items()}, folder / f"{stem}.safetensors")
     (folder / f"{stem}.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
@@ -185,9 +186,9 @@ def verify_folder(folder: Path) -> dict[str, LinkCount]:
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
             stored = set(file.keys())
-            for name in masks:
-                if f"{name}.weight" in stored:
-                    counts[name] = _count_links(folder, name, file.get_tensor(f"{name}.weight"), masks[name])
+        for name in (name for name in masks if f"{name}.weight" in stored):
+            with safe_open(path, framework="pt") as file:  # opened anew: what it has shown stays resident until closed
+                counts[name] = _count_links(folder, name, file.get_tensor(f"{name}.weight"), masks[name])
     if missing := sorted(masks.keys() - counts.keys()):
         raise UserError(f"{folder}: no weight for {missing[0]!r}, which topology.json lists; export the model again")
     return counts
