@@ -98,7 +98,7 @@ def _work(arguments: Sequence[str] | None, scratch: Path) -> None:
             told["sparsity"] = {name: models.sparsity(Path(name)) for name in options.models}
             plan = tasks.plan(options, options.write_tasks or scratch)
             told["sources"] = [[name, str(source.yaml)] for name, source in plan.sources.items()]
-            told["costs"] = {name: plan.cost(name) for name in plan.sources}
+            told["costs"] = {name: plan.cost(name, options.limit) for name in plan.sources}
     told = dist.from_main(told, patient=True)
     sources = plan.sources or {name: tasks.Source(name, Path(yaml)) for name, yaml in told["sources"]}
     seeds = options.seeds if options.num_fewshot else options.seeds[:1]
@@ -203,11 +203,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name for name in text.split(",") if name)) or _refuse(text)
-
-
-def _refuse(text: str) -> list[str]:
-    raise argparse.ArgumentTypeError(f"{text!r} names no task")
+    names = list(dict.fromkeys(name for name in text.split(",") if name))
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names no task")
+    return names
 
 
 def _whole(text: str) -> int:

@@ -249,9 +249,10 @@ class Plan:
     tasks: dict[str, Any]
     skipped: dict[str, str]
 
-    def cost(self, name: str) -> int:
+    def cost(self, name: str, limit: int | None) -> int:
         """Likelihoods to compute, or about so many."""
-        return len(self.tasks[name].eval_docs) * len(classes(self.tasks[name]) or range(4))
+        documents = len(self.tasks[name].eval_docs)
+        return min(documents, limit or documents) * len(classes(self.tasks[name]) or range(4))
 
 
 def plan(options: Any, folder: Path) -> Plan:
