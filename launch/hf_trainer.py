@@ -69,7 +69,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         sequences.data.tokenizer.save_pretrained(f"{arguments.output_dir}/model")
         topology.save_topology(f"{arguments.output_dir}/model", trainer.state.global_step)
-        print(f"density {topology.density:.4f} after {len(callback.figures)} updates: {arguments.output_dir}/model")
+        updates = f"after {len(callback.figures)} updates since this start"
+        print(f"density {topology.density:.4f} {updates}: {arguments.output_dir}/model")
 
 
 if __name__ == "__main__":
