@@ -283,7 +283,7 @@ def _methods(arguments: Sequence[str]) -> None:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         print(
             "\n`llm-cht methods PRESET` lists what it decides, `llm-cht train --help` every setting; any can be "
-            "changed: --method.zeta 0.3\n000 is the paper of CHT (ICLR 2024), 002 that of CHTs and CHTss (NeurIPS 2025)."
+            "changed: --method.zeta 0.3\n000 is the paper of CHT (ICLR 2024), 002 that of CHTs and CHTss (NeurIPS 2025)"
         )
         return
     if arguments[0] in ("--help", "-h") or len(arguments) > 1:
