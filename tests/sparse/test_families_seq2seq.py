@@ -227,10 +227,10 @@ def test_a_checkpoint_of_any_kind_is_exported_as_its_own_stock_class(name, tmp_p
     tensors = {"model": model.state_dict(), "topology": {f"mask.{n}": bits.pack(m) for n, m in updater.masks.items()}}
     store = CheckpointStore(tmp_path / "checkpoints", keep_last=1)
     checkpoint = store.load(store.save(3, tensors, state))
-    write_model(checkpoint, tokenizer(WORDS), tmp_path / "m", torch.float32)
+    write_model([checkpoint], tokenizer(WORDS), tmp_path / "m", torch.float32)
     same(tmp_path / "m", model, outputs)
     assert type(model).from_pretrained(tmp_path / "m").generation_config.max_length == 17
-    write_model(checkpoint, tokenizer(WORDS), tmp_path / "short", torch.bfloat16)
+    write_model([checkpoint], tokenizer(WORDS), tmp_path / "short", torch.bfloat16)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "short")
     assert torch.equal(outputs(loaded.eval()), outputs(copy.deepcopy(model).to(torch.bfloat16)))
 

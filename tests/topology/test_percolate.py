@@ -98,7 +98,7 @@ def test_partial_rotary_pairs_rows_at_the_front_of_the_head():
 
 
 def test_parts_of_a_layer_are_percolated_and_put_back():
-    # query and key of 2 heads of 2 rows in one layer; head 0 lacks the key of position 1, head 1 the query of position 0
+    # 2 heads of 2 rows in one layer; head 0 lacks the key of position 1, head 1 the query of position 0
     by_head = mask("x.", ".x", "xx", "..", "..", "x.", ".x", "xx")  # q0 q0 k0 k0 q1 q1 k1 k1
     in_turn = mask("x.", ".x", "..", "x.", "xx", "..", ".x", "xx")  # q0 q0 q1 q1 k0 k0 k1 k1
     unit = QueryKey("qk/q", "qk/k", 2, 2, "position")
