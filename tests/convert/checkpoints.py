@@ -49,6 +49,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def llama_1b(folder: Path) -> int:
     """A LLaMA of 1.3 B random bf16 weights, made shard by shard; returns the number of weights."""
+    torch.manual_seed(0)
     hidden, inner, words = 2048, 5461, 32000
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 24, "vocab_size": words}
     config = LlamaConfig(**sizes, num_attention_heads=32, dtype="bfloat16", architectures=["LlamaForCausalLM"])
