@@ -54,7 +54,10 @@ def check_updates(told: dict, precision: str) -> None:
         assert rank["updates"]["chts"]["figures"]["percolated"] > 0
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "engine",
+    ["ddp", pytest.param("zero1", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow), "zero3"],
+)
 def test_two_ranks_find_the_masks_of_one_process(engine):
     told = launched(engine, 2, TASKS)
     check_updates(told, "fp32")
