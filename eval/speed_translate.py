@@ -38,7 +38,6 @@ from llm_cht.train.engine import EngineSettings, Precision, start_engine
 from llm_cht.train.optim import OptimizerSettings, build_optimizer
 
 END, PAD, VOCABULARY = 0, 1, 4000
-LAYERS = [r"\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)$"]
 SIZES = {
     "2m": {"d_model": 128, "layers": 3, "heads": 4, "ffn_dim": 512},
     "multi30k": {"d_model": 512, "layers": 6, "heads": 8, "ffn_dim": 1024},  # as 002
@@ -114,7 +113,7 @@ def train_table(arguments: argparse.Namespace) -> None:
             model = untrained(arguments.size).train()
             model.final_logits_bias.zero_()
             if name == "masked":
-                for number, layer in enumerate(sparsify(model, SparseSettings(include=LAYERS)).layers.values()):
+                for number, layer in enumerate(sparsify(model, SparseSettings()).layers.values()):
                     generator = torch.Generator().manual_seed(number)
                     layer.set_mask(torch.rand(layer.mask.shape, generator=generator) < DENSITY)
             optimizer = build_optimizer(model, OptimizerSettings())

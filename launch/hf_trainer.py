@@ -52,7 +52,9 @@ class Sequences(Dataset):
 def main() -> None:
     """Train, and save a stock model folder with its topology."""
     parser: Any = HfArgumentParser((Method, TrainingArguments))  # type: ignore[arg-type]
-    method, arguments = parser.parse_args_into_dataclasses()
+    method, arguments, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}; --help lists those there are")
     set_seed(arguments.seed)
     sequences = Sequences(method.source, method.sequence_length)
     sizes: Any = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}

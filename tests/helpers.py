@@ -50,6 +50,10 @@ def tiny_config(folder: Path, **sections: Any) -> Path:
         "checkpoint": {"every": 5},
         "metrics": {"every": 1},
     }
+    return _written(folder, config, sections)
+
+
+def _written(folder: Path, config: dict[str, Any], sections: dict[str, Any]) -> Path:
     for name, value in sections.items():
         config[name] = config[name] | value if isinstance(value, dict) else value
     path = folder / "config.yaml"
@@ -153,8 +157,4 @@ def tiny_translation(folder: Path, **sections: Any) -> Path:
         "checkpoint": {"every": 5},
         "metrics": {"every": 1},
     }
-    for name, value in sections.items():
-        config[name] = config[name] | value if isinstance(value, dict) else value
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    return _written(folder, config, sections)

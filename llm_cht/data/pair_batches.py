@@ -118,12 +118,12 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self._store)
 
-    def batches(self, batch_tokens: int, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """The first ``limit`` pairs (None: all) in batches of pairs of similar length, always the same.
+    def batches(self, batch_tokens: int) -> Iterator[dict[str, Tensor]]:
+        """All pairs in batches of pairs of similar length, always the same.
 
         A batch is within the budget, but holds one pair at least. Shapes are those of ``TokenBatches.next``.
         """
-        sources, targets = (lengths[:limit] for lengths in self._store.lengths)
+        sources, targets = self._store.lengths
         for batch in cut(by_length(sources, targets), sources, targets, batch_tokens):
             yield self._store.tensors(batch, self._pad)
 

@@ -61,7 +61,7 @@ def summary(
     loss = progress.last_validation["loss"]
     return {
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        **built.task.conclude(folder, built.engine, watched),
+        **built.task.conclude(folder, watched),
         "model_of_steps": steps,
         "density": density,
         "average_density": progress.density_sum / progress.step,

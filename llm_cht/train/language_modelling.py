@@ -54,7 +54,7 @@ class LanguageModelling:
         size = settings.batch_size or self._engine.micro_batch_size
         return self._data.validation.batches(size, None if everything else settings.max_tokens)
 
-    def measure(self, model: Any, engine: Engine, watched: Callable[[Iterable[Any]], Iterator[Any]]) -> dict[str, Any]:
+    def measure(self, model: Any, watched: Callable[[Iterable[Any]], Iterator[Any]]) -> dict[str, Any]:
         """Nothing beyond the perplexity."""
         return {}
 
@@ -69,9 +69,7 @@ class LanguageModelling:
             model(rows.to(device), use_cache=False)
         model.train()
 
-    def conclude(
-        self, folder: Path, engine: Engine, watched: Callable[[Iterable[Any]], Iterator[Any]]
-    ) -> dict[str, Any]:
+    def conclude(self, folder: Path, watched: Callable[[Iterable[Any]], Iterator[Any]]) -> dict[str, Any]:
         """What a model that knows token frequencies alone would reach."""
         return {"unigram_perplexity": unigram_perplexity(self._data.validation)}
 

@@ -283,7 +283,7 @@ class Loop:
         result = self.validation(everything)
         figures = {"loss": result.loss, "perplexity": result.perplexity, "validation_tokens": result.num_tokens}
         if math.isfinite(result.loss):
-            figures |= task.measure(self.built.model, self.built.engine, self._translating)
+            figures |= task.measure(self.built.model, self._translating)
         progress.last_validation = figures | {"step": progress.step}
         self._record("validation", figures | {"full": everything})
         if not math.isfinite(result.loss):

@@ -14,8 +14,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from llm_cht.train.engine import Engine
-
 Inputs = Mapping[str, Tensor]
 
 
@@ -62,13 +60,11 @@ class Task(Protocol):
     def validation(self, everything: bool) -> Iterable[Inputs]:
         """Batches that all ranks get alike: those of a validation while training, or ``everything``."""
 
-    def measure(self, model: Any, engine: Engine, watched: Callable[[Iterable[Any]], Iterator[Any]]) -> dict[str, Any]:
+    def measure(self, model: Any, watched: Callable[[Iterable[Any]], Iterator[Any]]) -> dict[str, Any]:
         """Further figures of a validation. A collective; ``watched`` wraps whatever takes long."""
 
     def calibrate(self, model: Any) -> None:
         """Run the first training sequences through the model (for links that start from correlations)."""
 
-    def conclude(
-        self, folder: Path, engine: Engine, watched: Callable[[Iterable[Any]], Iterator[Any]]
-    ) -> dict[str, Any]:
+    def conclude(self, folder: Path, watched: Callable[[Iterable[Any]], Iterator[Any]]) -> dict[str, Any]:
         """Figures of the finished model in ``folder`` for the summary. A collective."""

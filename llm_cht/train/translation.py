@@ -9,6 +9,7 @@ paper (Szegedy et al. 2016), and for vocabularies of thousands they agree.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,10 @@ class Translation:
         assert size is not None
         return self._data.validation.batches(size)
 
-    def measure(self, model: Any, engine: Engine, watched: Watched) -> dict[str, Any]:
+    def measure(self, model: Any, watched: Watched) -> dict[str, Any]:
         """BLEU of the first validation pairs."""
         count = self._settings.validation.bleu_pairs
-        return {"bleu": self._bleu(model, self._data.validation, watched, count, engine).score}
+        return {"bleu": self._bleu(model, self._data.validation, watched, count, self._engine.autocast).score}
 
     def calibrate(self, model: nn.Module) -> None:
         """Run about as many of the first training pairs; the training itself begins with them all the same."""
@@ -101,15 +102,15 @@ class Translation:
         model.train()
         self.stream.load_state_dict(position)
 
-    def conclude(self, folder: Path, engine: Engine, watched: Watched) -> dict[str, Any]:
+    def conclude(self, folder: Path, watched: Watched) -> dict[str, Any]:
         """Perplexity of the finished model, and its BLEU on all validation pairs and on the test.
 
         The BLEU of copying the source stands beside.
         """
         with dist.together(patient=True):
-            model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(engine.device)
+            model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(self._engine.device)
         figures: dict[str, Any] = {
-            "perplexity": validate(model, watched(self.validation(True)), engine, self).perplexity
+            "perplexity": validate(model, watched(self.validation(True)), self._engine, self).perplexity
         }
         for name, pairs in {"": self._data.validation, "test_": self._data.test}.items():
             if pairs is not None:
@@ -123,14 +124,12 @@ class Translation:
         return figures
 
     def _bleu(
-        self, model: Any, pairs: HeldOut, watched: Watched, count: int | None = None, engine: Engine | None = None
+        self, model: Any, pairs: HeldOut, watched: Watched, count: int | None = None, autocast: Any = nullcontext
     ) -> Bleu:
-        """``engine`` gives the precision of training; None: that of the model."""
-        options = {"autocast": engine.autocast} if engine is not None else {}
+        """BLEU of the first ``count`` pairs; ``autocast`` is entered around calls of the model."""
         sources: Sequence[str] = pairs.sources[:count]
-        hypotheses = translate(
-            model, self.tokenizer, sources, self._settings.validation.decode, collective=True, shown=watched, **options
-        )
+        options = {"collective": True, "shown": watched, "autocast": autocast}
+        hypotheses = translate(model, self.tokenizer, sources, self._settings.validation.decode, **options)
         return bleu(hypotheses, pairs.references[:count])
 
 
