@@ -125,7 +125,7 @@ def _tabulate(arguments: Sequence[str] | None) -> None:
     names: list[str] = options.models or list(map(str, options.hypotheses))
     given = {str(path): _hypotheses(path, references, options) for path in options.hypotheses or ()}
     for name in options.models:
-        models.find(name)
+        models.find(name, "seq2seq")
     files = _files(options)
     if files:
         _write_lines(files["references"], references)

@@ -7,20 +7,39 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import AutoConfig
 
 from llm_cht.data.hub import reach
 from llm_cht.data.sources import is_local
 from llm_cht.errors import UserError
+from llm_cht.models import Kind, kind_of
 from llm_cht.sparse.folder import read_topology, verify_folder
 
 
-def find(name: str) -> None:
-    """Refuse the name of a model that is neither a folder nor on the hub."""
+def find(name: str, kind: Kind) -> None:
+    """Refuse the name of a model that is neither a folder nor on the hub, or a folder with none of that kind."""
     if Path(name).is_dir():
+        _check_folder(Path(name), kind)
         return
     if is_local(name):
         raise UserError(f"MODEL {name}: no such folder (looked from {Path.cwd()}); correct the path")
     reach(name, "tokenizer", "MODEL")
+
+
+def _check_folder(folder: Path, kind: Kind) -> None:
+    if not (folder / "config.json").is_file():
+        inner = next((path.parent for path in sorted(folder.glob("*/config.json"))), None)
+        meant = f"; you mean {inner}" if inner else "; give the folder of a model, as RUN/model"
+        raise UserError(f"MODEL {folder}: no model here, as it has no config.json{meant}")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError):  # said by ``load``, which knows what is trusted
+        return
+    if kind_of(config) != kind:
+        found, program = (
+            ("a language model", "perplexity.py") if kind == "seq2seq" else ("an encoder-decoder", "bleu.py")
+        )
+        raise UserError(f"MODEL {folder}: {config.model_type} is {found}; use eval/{program}")
 
 
 def load(kind: Any, name: str, what: str, **options: Any) -> Any:

@@ -163,7 +163,7 @@ def _tabulate(arguments: Sequence[str] | None) -> None:
     options = _options(arguments)
     split = Split(_source(options), None, options.validation_fraction, None)
     for name in options.models:
-        models.find(name)
+        models.find(name, "causal")
     rows: list[dict[str, Any]] = []
     for name in options.models:
         documents = (text for side, text in split.source_documents() if side == "validation")

@@ -94,7 +94,7 @@ def _work(arguments: Sequence[str] | None, scratch: Path) -> None:
     with dist.together(patient=True):
         if dist.is_main():
             for name in options.models:
-                models.find(name)
+                models.find(name, "causal")
             told["sparsity"] = {name: models.sparsity(Path(name)) for name in options.models}
             plan = tasks.plan(options, options.write_tasks or scratch)
             told["sources"] = [[name, str(source.yaml)] for name, source in plan.sources.items()]

@@ -118,11 +118,20 @@ def _train(arguments: Sequence[str]) -> None:
             "no config file is given; usage: llm-cht train CONFIG.yaml [--section.key value ...], "
             "e.g. llm-cht train configs/quickstart.yaml"
         )
+    _no_bars_in_files()
     outcome = train(settings, say=_say)
     if outcome.stopped_by or os.environ.get("RANK", "0") != "0":
         return
     report = write_report(outcome.run)
     print(f"\n{_ending(outcome)}\nreport                 {report}\nresume                 {outcome.resume}")
+
+
+def _no_bars_in_files() -> None:
+    """Transformers' bars fill log files, where ours are silent."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _ending(outcome: Outcome) -> str:
@@ -189,6 +198,7 @@ def _export(arguments: Sequence[str]) -> None:
 
     from llm_cht.train.export import export
 
+    _no_bars_in_files()
     checkpoint = export(options.place, options.folder, getattr(torch, options.dtype))
     print(f"{options.folder}: the model of {checkpoint}, in {options.dtype}")
 

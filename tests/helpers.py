@@ -55,7 +55,7 @@ def tiny_config(folder: Path, **sections: Any) -> Path:
 
 def _written(folder: Path, config: dict[str, Any], sections: dict[str, Any]) -> Path:
     for name, value in sections.items():
-        config[name] = config[name] | value if isinstance(value, dict) else value
+        config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

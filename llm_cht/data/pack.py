@@ -117,12 +117,16 @@ class Sequences:
         lists = self._rows[numbers]["input_ids"].combine_chunks()
         return fill(lists.flatten().to_numpy(), lists.value_lengths().to_numpy(), self.length, self._pad)
 
+    def part(self, max_tokens: int | None) -> int:
+        """How many sequences have about ``max_tokens`` predicted tokens; None: all have."""
+        if max_tokens is None:
+            return len(self)
+        stored = pc.sum(pc.list_value_length(self._rows.data.column("input_ids"))).as_py()
+        return min(max(1, max_tokens * len(self) // (stored - len(self))), len(self))
+
     def batches(self, batch_size: int, max_tokens: int | None = None) -> Iterator[dict[str, Tensor]]:
         """All sequences in order, or about ``max_tokens`` predicted tokens, always the same and spread evenly."""
-        count = len(self)
-        if max_tokens is not None:
-            stored = pc.sum(pc.list_value_length(self._rows.data.column("input_ids"))).as_py()
-            count = min(max(1, max_tokens * count // (stored - count)), count)
+        count = self.part(max_tokens)
         numbers = np.arange(count) * len(self) // count
         for first in range(0, count, batch_size):
             yield self.take(numbers[first : first + batch_size])

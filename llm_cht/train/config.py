@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from llm_cht import models
@@ -85,8 +85,8 @@ class CheckpointSettings:
     save_best: bool = True
     """Also save whenever a validation is the best so far: lowest perplexity, or highest BLEU of translations."""
     export: Literal["last", "best", "average"] | None = None
-    """Which weights become RUN/model: the last step's, the best checkpoint's, the mean of the last ones with the last
-    topology; null: last, for translation best."""
+    """Which weights become RUN/model: the last step's, the best checkpoint's, the mean of the last regular ones with
+    the last topology; null: last, for translation best."""
     average: int = 5
     """Checkpoints that `export: average` takes the mean of."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -215,8 +215,6 @@ def _check_task(settings: RunSettings) -> None:
     translates = settings.task == "translation"
     _check_none_of_other(settings)
     if translates:
-        if settings.data != DataSettings():
-            raise UserError("`data` are given and the task is translation, which has `pairs`; leave them out")
         if train.batch_tokens is None:
             raise UserError("`train.batch_tokens` is not set: translation needs it; give the tokens of a step")
         if not 0 <= train.label_smoothing < 1:
@@ -224,8 +222,6 @@ def _check_task(settings: RunSettings) -> None:
         settings.validation.decode.check("validation.decode")
         pairs.check(settings.pairs)
         return
-    if settings.pairs != PairSettings():
-        raise UserError("`pairs` are given and the task is language_modelling; set `task: translation`")
     micro = train.micro_batch_size or train.batch_size
     if train.batch_size % micro:
         raise UserError(
@@ -236,19 +232,24 @@ def _check_task(settings: RunSettings) -> None:
 
 def _check_none_of_other(settings: RunSettings) -> None:
     plain, translates = RunSettings(), settings.task == "translation"
-    of_text = {"train": ("batch_size", "micro_batch_size"), "validation": ("max_tokens", "batch_size")}
+    of_text = {
+        "data": [one.name for one in fields(DataSettings)],
+        "train": ("batch_size", "micro_batch_size"),
+        "validation": ("max_tokens", "batch_size"),
+    }
     of_pairs = {
+        "pairs": [one.name for one in fields(PairSettings)],
         "train": ("batch_tokens", "micro_batch_tokens", "label_smoothing"),
         "validation": ("bleu_pairs", "decode"),
     }
     foreign, other = (of_text, "language_modelling") if translates else (of_pairs, "translation")
+    here = {"data": "`pairs`", "pairs": "`data`", "train": f"`train.{'batch_tokens' if translates else 'batch_size'}`"}
     for section, keys in foreign.items():
         for key in keys:
             given = getattr(getattr(settings, section), key)
             if given == getattr(getattr(plain, section), key):
                 continue
-            counts = f"`train.{'batch_tokens' if translates else 'batch_size'}`"
-            hint = f" (here it is {counts} that counts)" if section == "train" else ""
+            hint = f" (here it is {here[section]} that counts)" if section in here else ""
             raise UserError(
                 f"`{section}.{key}` = {given} belongs to `task: {other}`, and the task is {settings.task}; "
                 f"leave it out{hint}, or set `task`"

@@ -38,9 +38,10 @@ def write_final_model(built: Built, store: CheckpointStore, latest: Path, folder
         case "average":
             with dist.together():
                 folders = store.folders() if dist.is_main() else []
-            earlier = dist.from_main([str(path) for path in folders])
-            loaded = [store.load(Path(path)) for path in earlier[-settings.average : -1]]
-            chosen = [*(checkpoint for checkpoint in loaded if same_topology(checkpoint, newest)), newest]
+            paths = [Path(path) for path in dist.from_main([str(path) for path in folders]) if Path(path) != latest]
+            every = settings.every  # a checkpoint beside the regular ones was saved for a signal, or as the best
+            regular = [one for one in map(store.load, paths) if every and one.step % every == 0]
+            chosen = [*(one for one in regular if same_topology(one, newest)), newest][-settings.average :]
     with dist.together(patient=True):
         if dist.is_main():
             write_model(chosen, built.task.tokenizer, folder, getattr(torch, settings.export_dtype))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from llm_cht import dist
 from llm_cht.errors import UserError
 from llm_cht.models import auto_class, kind_of
 from llm_cht.sparse.folder import Topology, save_model_folder
@@ -52,6 +53,13 @@ def write_model(checkpoints: Sequence[Checkpoint], tokenizer: Any, folder: Path,
     preset = checkpoint.state["settings"]["method"]["preset"]
     weights = {name: _mean(checkpoints, name) for name in sorted(checkpoint.names("model"))}
     save_model_folder(folder, model, weights, tokenizer, Topology(masks, preset, checkpoint.step), dtype)
+
+
+def read_model(folder: Path, device: torch.device) -> Any:
+    """The model of a folder in fp32, as stock transformers has it; by every rank, which may be several machines."""
+    with dist.together(patient=True):
+        kind = auto_class(kind_of(AutoConfig.from_pretrained(folder)))
+        return kind.from_pretrained(folder, dtype=torch.float32).to(device)
 
 
 def same_topology(first: Checkpoint, second: Checkpoint) -> bool:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from llm_cht.data.text import TextData, unigram_perplexity
 from llm_cht.errors import UserError
-from llm_cht.train.config import RunSettings
+from llm_cht.train.config import RunSettings, exported
 from llm_cht.train.engine import Engine
+from llm_cht.train.export import read_model
 from llm_cht.train.flops import Flops
 from llm_cht.train.task import Inputs, Work
+from llm_cht.train.validate import validate
 
 
 class LanguageModelling:
@@ -24,6 +26,7 @@ class LanguageModelling:
     def __init__(self, settings: RunSettings, data: TextData, engine: Engine, flops: Flops) -> None:
         self._settings, self._data, self._engine, self._flops = settings, data, engine, flops
         self.tokenizer, self.stream, self.fingerprint = data.tokenizer, data.train, data.fingerprint
+        self.partial = data.validation.part(settings.validation.max_tokens) < len(data.validation)
 
     def batch(self, step: int) -> Work:
         """This rank's rows of the batch."""
@@ -70,8 +73,12 @@ class LanguageModelling:
         model.train()
 
     def conclude(self, folder: Path, watched: Callable[[Iterable[Any]], Iterator[Any]]) -> dict[str, Any]:
-        """What a model that knows token frequencies alone would reach."""
-        return {"unigram_perplexity": unigram_perplexity(self._data.validation)}
+        """What token frequencies alone would reach; the perplexity, where the model is not the last step's."""
+        figures = {"unigram_perplexity": unigram_perplexity(self._data.validation)}
+        if exported(self._settings) != "last":
+            model, batches = read_model(folder, self._engine.device), watched(self.validation(True))
+            figures["perplexity"] = validate(model, batches, self._engine, self).perplexity
+        return figures
 
 
 def check_length(sequence_length: int, config: Any) -> None:

@@ -252,10 +252,11 @@ class Loop:
         shown["tok/s"] = f"{speed['tokens_per_second']:,.0f}"
         if self.built.updater:
             shown["density"] = f"{self.density:.3f}"
-        if progress.last_validation:
-            shown["val ppl"] = f"{math.exp(min(progress.last_validation['loss'], 700)):.1f}"
-            if "bleu" in progress.last_validation:
-                shown["BLEU"] = f"{progress.last_validation['bleu']:.1f}"
+        reached = progress.last_validation
+        if reached and not (bar.disable and reached["step"] < self._told_step):  # a line tells what is new
+            shown["val ppl"] = f"{math.exp(min(reached['loss'], 700)):.1f}"
+            if "bleu" in reached:
+                shown["BLEU"] = f"{reached['bleu']:.1f}"
         bar.set_postfix(shown, refresh=False)
         total = self.settings.train.steps
         if bar.disable and progress.step - self._told_step >= total / _LINES:  # no terminal: a line instead of a bar
@@ -272,14 +273,15 @@ class Loop:
             return
         best = False
         if settings.validation.every and step % settings.validation.every == 0:
-            best = self._validate(everything=settings.validation.max_tokens is None)
+            best = self._validate()
         due = sound and settings.checkpoint.every is not None and step % settings.checkpoint.every == 0
         if due or (best and settings.checkpoint.save_best):
             self.save(best)
 
-    def _validate(self, everything: bool) -> bool:
-        """Validate and write it down; returns whether it is the best so far."""
+    def _validate(self, everything: bool = False) -> bool:
+        """Validate and write it down; returns whether it is the best so far of those on the same data."""
         progress, task = self.progress, self.built.task
+        compete, everything = not (everything and task.partial), everything or not task.partial
         result = self.validation(everything)
         figures = {"loss": result.loss, "perplexity": result.perplexity, "validation_tokens": result.num_tokens}
         if math.isfinite(result.loss):
@@ -290,9 +292,9 @@ class Loop:
             raise self._not_finite(f"validation loss {result.loss} after step {progress.step}")
         reached = figures[task.figure]
         best = progress.best is None or (reached > progress.best if task.higher else reached < progress.best)
-        if best:
+        if best and compete:
             progress.best = reached
-        return best
+        return best and compete
 
     def validation(self, everything: bool) -> Validation:
         """Cross-entropy on the validation data, on all of it or on what is looked at while training."""
@@ -324,7 +326,9 @@ class Loop:
 
     def _finish(self) -> dict[str, Any]:
         """Full validation, last checkpoint, the model, summary."""
-        best = self._validate(everything=True)
+        best = self._validate()
+        if self.built.task.partial:
+            self._validate(everything=True)
         saved, folder = self.save(best), self.run / "model"
         with self.signals.hold():
             self.watchdog.enter(self.progress.step, "export", allowance=6)

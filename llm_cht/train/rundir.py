@@ -165,6 +165,6 @@ def _check_same(saved: dict[str, Any], settings: RunSettings, place: str) -> Non
     change = changed(saved, settings)
     if change is not None:
         raise UserError(
-            f"{change} in {place}; a resumed run keeps it: resume with RUN/config.yaml, or start another run with "
-            "`--run`"
+            f"{change} in {place}; a resumed run keeps it: resume with RUN/config.yaml and leave that setting out, or "
+            "start another run with `--run`"
         )

@@ -41,6 +41,8 @@ class Task(Protocol):
     """what chooses the best checkpoint: a name in the validation's figures"""
     higher: bool
     """whether a higher one is better"""
+    partial: bool
+    """whether validations while training look at a part of the validation data"""
 
     def batch(self, step: int) -> Work:
         """The batch of optimizer step ``step`` (1, 2, ...); steps are asked for in order."""

@@ -13,10 +13,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM
 
 from llm_cht import dist
 from llm_cht.data.pairs import HeldOut, PairData
@@ -26,6 +24,7 @@ from llm_cht.train.bleu import Bleu, bleu, copy_baseline
 from llm_cht.train.config import RunSettings
 from llm_cht.train.decode import translate
 from llm_cht.train.engine import Engine
+from llm_cht.train.export import read_model
 from llm_cht.train.flops import PairFlops
 from llm_cht.train.task import Inputs, Work
 from llm_cht.train.validate import validate
@@ -37,7 +36,7 @@ Watched = Callable[[Iterable[Any]], Iterator[Any]]
 class Translation:
     """Sentence pairs; a batch is as many of like length as its tokens allow."""
 
-    figure, higher = "bleu", True
+    figure, higher, partial = "bleu", True, False
 
     def __init__(self, settings: RunSettings, data: PairData, engine: Engine, config: Any, flops: PairFlops) -> None:
         self._settings, self._data, self._engine, self._flops = settings, data, engine, flops
@@ -107,8 +106,7 @@ class Translation:
 
         The BLEU of copying the source stands beside.
         """
-        with dist.together(patient=True):
-            model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(self._engine.device)
+        model = read_model(folder, self._engine.device)
         figures: dict[str, Any] = {
             "perplexity": validate(model, watched(self.validation(True)), self._engine, self).perplexity
         }

@@ -169,7 +169,7 @@ FILES = ["--source", "{s}", "--reference", "{r}"]
         (["{m}", "--hypotheses", "{s}", *FILES], "and not both"),
         (["{tmp}/nowhere", *FILES], "nowhere: no such folder"),
         (["{tmp}/bare", *FILES], "AutoTokenizer cannot load it"),
-        (["{tmp}/causal", *FILES], "AutoModelForSeq2SeqLM cannot load it"),
+        (["{tmp}/causal", *FILES], "causal: llama is a language model; use eval/perplexity.py"),
         (["{tmp}/narrow", *FILES], "none of the model's 12"),
         (["{tmp}/gap", *FILES], "no weights for model.decoder.layers.0.fc1"),
         (["{tmp}/wild", *FILES], "not all of its weights are finite"),

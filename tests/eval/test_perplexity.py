@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MarianConfig
 
 from eval.perplexity import main, summed_loss
 from llm_cht.config import parse
@@ -234,6 +234,7 @@ def places(model_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFact
     state["model.norm.weight"][0] = math.nan
     save_file(state, tokenizer_of["wild"] / "model.safetensors")
     new_model().save_pretrained(tmp / "bare")
+    MarianConfig().save_pretrained(tmp / "pairs")
     (tmp / "empty.txt").touch()
     (tmp / "blank.jsonl").write_text('{"text": " "}\n')
     return {"folder": model_folder, "text": text, "tmp": tmp}
@@ -246,7 +247,8 @@ def places(model_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFact
         (["{folder}"], "--data"),
         (["{tmp}/nowhere", "--data", "{text}"], "nowhere: no such folder"),
         (["{tmp}/bare", "--data", "{text}"], "AutoTokenizer cannot load it"),
-        (["{tmp}", "--data", "{text}"], "cannot load it"),
+        (["{tmp}", "--data", "{text}"], "no model here, as it has no config.json; you mean"),
+        (["{tmp}/pairs", "--data", "{text}"], "marian is an encoder-decoder; use eval/bleu.py"),
         (["{tmp}/cut", "--data", "{text}"], "AutoModelForCausalLM cannot load it"),
         (["{tmp}/narrow", "--data", "{text}"], "none of the model's 100"),
         (["{tmp}/gap", "--data", "{text}"], "no weights for model.layers.0"),

@@ -66,6 +66,7 @@ GOOD = ["--data", "{data}", *COLA]
     ("arguments", "message"),
     [
         (["{tmp}/nowhere", *GOOD], "nowhere: no such folder"),
+        (["{tmp}", *GOOD], "no model here, as it has no config.json"),
         (["{a}", "{a}", *GOOD], "more than once"),
         (["{tmp}/bare", *GOOD], "bare: AutoTokenizer cannot load it"),
         (["{tmp}/gap", *GOOD], "of its tokenizer is none of the model's 40"),

@@ -33,7 +33,7 @@ def test_a_run_leaves_a_stock_model_a_report_and_its_records(tmp_path, capsys):
     assert (run / "report.html").is_file()
     assert [r["step"] for r in records(run, "train")] == list(range(1, 25))
     assert [r["step"] for r in records(run, "topology")] == [3, 6, 9, 12, 15, 18]
-    assert [r["step"] for r in records(run, "validation")] == [10, 20, 24]
+    assert [r["step"] for r in records(run, "validation")] == [10, 20, 24, 24]  # of a part, then of all
     end = records(run, "end")[0]["summary"]
     topology = read_topology(run / "model")
     for name, mask in topology.masks.items():

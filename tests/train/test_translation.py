@@ -167,6 +167,12 @@ def test_which_weights_become_the_model(tmp_path, kind, steps):
 
 MISTAKES = {
     "batch_size": ({"train": {"batch_size": 8}}, "`train.batch_size` = 8", "train.batch_tokens"),
+    "text": (
+        {"data": {"vocab_size": 500}},
+        "`data.vocab_size` = 500",
+        "`task: language_modelling`",
+        "`pairs` that counts",
+    ),
     "no budget": (
         {"train": {"batch_tokens": None}},
         "`train.batch_tokens`",
@@ -200,7 +206,7 @@ def test_settings_of_translation_are_refused_for_text(tmp_path, capsys):
 
 def test_text_is_refused_for_translation(tmp_path, capsys):
     code = main(["train", str(tiny_translation(tmp_path)), "--data.vocab_size", "999"])
-    told(code, capsys.readouterr().err, "`data`", "`pairs`")
+    told(code, capsys.readouterr().err, "`data.vocab_size` = 999", "`task: language_modelling`", "`pairs`")
 
 
 def test_bleu_settings_are_refused_for_text(tmp_path, capsys):
