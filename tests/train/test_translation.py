@@ -204,11 +204,6 @@ def test_settings_of_translation_are_refused_for_text(tmp_path, capsys):
     told(code, capsys.readouterr().err, "`train.label_smoothing` = 0.1", "task")
 
 
-def test_text_is_refused_for_translation(tmp_path, capsys):
-    code = main(["train", str(tiny_translation(tmp_path)), "--data.vocab_size", "999"])
-    told(code, capsys.readouterr().err, "`data.vocab_size` = 999", "`task: language_modelling`", "`pairs`")
-
-
 def test_bleu_settings_are_refused_for_text(tmp_path, capsys):
     code = main(["train", str(tiny_config(tmp_path, validation={"bleu_pairs": 8}))])
     told(code, capsys.readouterr().err, "`validation.bleu_pairs` = 8", "task")
