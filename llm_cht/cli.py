@@ -26,8 +26,8 @@ _PATIENCE_S = 2.0
 
 _CONVERT_HELP = (
     "Makes a checkpoint sparse, a sparse folder dense, or removes its inactive neurons; reads and writes a block at a "
-    "time, never in place, and reads again what it wrote. `llm-cht train --model.path FOLDER --method.initial file "
-    "--method.initial_path FOLDER` goes on from the links that it wrote."
+    "time, never in place, and reads again what it wrote. `llm-cht train CONFIG.yaml --model.path FOLDER` goes on from "
+    "the links that it wrote."
 )
 
 _HELP = """\
@@ -160,9 +160,9 @@ def _ending(outcome: Outcome) -> str:
 
 def _prepare(arguments: Sequence[str]) -> None:
     from llm_cht.config import parse
-    from llm_cht.train.config import RunSettings
+    from llm_cht.train.config import RunSettings, on_checkpoint
 
-    settings = parse(RunSettings, "llm-cht prepare", arguments)
+    settings = on_checkpoint(parse(RunSettings, "llm-cht prepare", arguments))
     if settings.task == "translation":
         from llm_cht.data.pairs import describe
         from llm_cht.train.build import prepare_pairs

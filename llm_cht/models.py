@@ -160,7 +160,7 @@ def _stock_config(name: str) -> dict[str, Any]:
     if is_path(name) and not os.path.isdir(name):
         raise UserError(f"{place}, and no name of the hub; correct it")
     try:
-        return AutoConfig.from_pretrained(name).to_dict()
+        return AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
     except (OSError, ValueError) as error:
         raise UserError(f"{place} and no Hugging Face model: {str(error).splitlines()[0]}; correct it") from error
 
@@ -173,7 +173,7 @@ def _config_of(path: str) -> Any:
     if is_path(path) and not os.path.isdir(path):
         raise UserError(f"`model.path` = {path!r}: no folder here; give a Hugging Face model folder or hub name")
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _no_model(path, error) from error
 
@@ -189,6 +189,7 @@ def _load(path: str, settings: ModelSettings, kind: Kind) -> PreTrainedModel:
             attn_implementation=settings.attention,
             ignore_mismatched_sizes=True,  # they are in the report
             output_loading_info=True,
+            trust_remote_code=False,  # None asks at the terminal
             **settings.overrides,
         )
     except (*_UNFIT, ImportError, OSError, SafetensorError) as error:
@@ -214,6 +215,11 @@ def _freeze(model: PreTrainedModel) -> None:
 
 
 def _no_model(path: str, error: Exception) -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"`model.path` = {path!r}: it runs Python code of its own, and a run ends in a folder for stock "
+            "transformers; sparsify that model in a loop of your own (`llm_cht.sparsify`)"
+        )
     reason = str(error).splitlines()[0].rstrip(".")
     return UserError(
         f"`model.path` = {path!r}: cannot be loaded: {reason}; give a Hugging Face model folder or hub name"

@@ -10,6 +10,7 @@ import json
 import shutil
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from llm_cht.convert.compact import compact
 from llm_cht.convert.masks import ALL_BUDGETS, DRAWS, KEEP, draw_masks, percolated
 from llm_cht.convert.plan import Layers, check_target, empty_model, load_config, sparse_layers, with_model_names
 from llm_cht.convert.shards import DTYPES, Edit, planned, verify_shards, write_shards
-from llm_cht.convert.source import Source, locate, open_source
+from llm_cht.convert.source import FLOATS, Source, locate, open_source
 from llm_cht.errors import UserError, nearest
 from llm_cht.files import disk_errors, new_folder
 from llm_cht.models import kind_of
@@ -91,6 +92,10 @@ def convert(request: Request, say: Say) -> str:
     source = open_source(folder)
     if not source.has_tokenizer:
         say(f"note: {folder} has no tokenizer; name one to whoever uses {request.folder} (`data.tokenizer`)")
+    floats = Counter(tensor.dtype for tensor in source.tensors.values() if tensor.dtype in FLOATS)
+    if len(floats) > 1 and request.dtype is None:
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in floats.most_common())
+        say(f"note: the tensors have several types ({kinds}), which they keep; `--dtype` makes them one")
     if request.dense:
         work = _dense(source)
     elif request.compact:

@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llm_cht.data.tokenizer import has_tokenizer
 from llm_cht.errors import UserError
 from llm_cht.files import is_path
 
@@ -35,7 +36,6 @@ FLOATS = frozenset(_FLOAT)
 BLOCK = 1 << 25
 """bytes read at a time"""
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "LICENSE*", "NOTICE*")
-_TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Source:
     @property
     def has_tokenizer(self) -> bool:
         """Whether there is a file of a tokenizer."""
-        return any(next(self.folder.glob(pattern), None) for pattern in _TOKENIZER)
+        return has_tokenizer(self.folder)
 
 
 def locate(place: str, code: bool) -> Path:

@@ -29,8 +29,9 @@ class DataSettings:
     """read and tokenize while training instead of before it"""
     stream_head: int = 20_000
     """with streaming: first documents, which train the tokenizer and hold the validation documents"""
-    tokenizer: str = "bpe"
-    """`bpe` (byte-level, trained on the training documents), a Hugging Face name or folder, or a `.model` file"""
+    tokenizer: str | None = None
+    """`bpe` (byte-level, trained on the training documents), a Hugging Face name or folder, or a `.model` file; null:
+    that of `model.path`, or bpe where there is none"""
     vocab_size: int = 8192
     """of the trained tokenizer"""
     tokenizer_bytes: int = 100_000_000

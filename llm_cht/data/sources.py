@@ -122,7 +122,7 @@ def with_absolute_paths(settings: DataSettings) -> DataSettings:
         source = source if names_of(source) == ["builtin"] else _absolute(source)
         validation = None if validation is None else _absolute(validation)
     tokenizer, cache = settings.tokenizer, settings.cache_dir
-    if tokenizer != "bpe" and Path(tokenizer).expanduser().exists():
+    if tokenizer is not None and tokenizer != "bpe" and Path(tokenizer).expanduser().exists():
         tokenizer = absolute(tokenizer)
     cache = None if cache is None else absolute(cache)
     return replace(settings, source=source, validation=validation, tokenizer=tokenizer, cache_dir=cache)

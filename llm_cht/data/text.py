@@ -152,7 +152,7 @@ def _identity(settings: DataSettings, split: Split) -> list[Any]:
 
 
 def _tokenizer(settings: DataSettings, split: Split, identity: list[Any], root: Path) -> PreTrainedTokenizerBase:
-    if settings.tokenizer != "bpe":
+    if settings.tokenizer is not None and settings.tokenizer != "bpe":
         return load_tokenizer(settings.tokenizer)
     key = sources.digest_of([*identity, settings.vocab_size, settings.tokenizer_bytes])
 

@@ -27,6 +27,8 @@ PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 _NUM_BYTES = 256
 _SPACE = "▁"  # as sentencepiece writes it
 _SPECIAL = (PAD, BEGIN, END)
+_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken")
+"""of tokenizers, in the folder of a model"""
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int, max_bytes: int) -> str:
@@ -65,6 +67,11 @@ def trained_bpe(rules: str) -> PreTrainedTokenizerBase:
     )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has files of a tokenizer."""
+    return any(next(folder.glob(pattern), None) for pattern in _FILES)
+
+
 def load_tokenizer(
     name: str,
     setting: str = "data.tokenizer",
@@ -85,7 +92,7 @@ def load_tokenizer(
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*sacremoses")  # Marian's own: its normalizer is not used
-                tokenizer = AutoTokenizer.from_pretrained(str(path))
+                tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError, TypeError) as error:  # TypeError: Marian without its files
             reason = (str(error).splitlines() or [""])[0].rstrip(" :")
             raise UserError(f"{place}: no tokenizer can be loaded from it: {reason}; {remedy}") from error

@@ -24,7 +24,7 @@ from llm_cht.models import build_model, check_kind
 from llm_cht.sparse.surgery import SparseModel, sparsify
 from llm_cht.topology.checks import without_effect
 from llm_cht.topology.method import resolve
-from llm_cht.train.config import RunSettings
+from llm_cht.train.config import RunSettings, told_on_checkpoint
 from llm_cht.train.engine import Engine
 from llm_cht.train.environment import versions
 from llm_cht.train.flops import Flops, pair_flops, training_flops_per_token
@@ -73,7 +73,8 @@ def build(settings: RunSettings, engine: Engine, fresh: bool, say: Callable[[str
         model, sparse = _build_model(settings, engine, pairs, say)
         if sparse is not None and fresh:
             check_start(sparse, method, on_gpu=engine.device.type == "cuda")
-        for sentence in without_effect(method.settings):
+        told = [told_on_checkpoint(settings)] if fresh else []
+        for sentence in [*filter(None, told), *without_effect(method.settings)]:
             say(f"note: {sentence}")
         task = _task(settings, engine, pairs, model, sparse)
         if sparse is not None and fresh:

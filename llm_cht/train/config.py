@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Literal
 
 from llm_cht import models
 from llm_cht.data import pairs, sources
 from llm_cht.data.pair_settings import PairSettings
 from llm_cht.data.settings import DataSettings
+from llm_cht.data.tokenizer import has_tokenizer
 from llm_cht.errors import UserError
 from llm_cht.files import absolute
 from llm_cht.models import ModelSettings
@@ -134,6 +136,7 @@ def resolved(settings: RunSettings) -> RunSettings:
 
     A run written down so goes on from any working directory.
     """
+    settings = on_checkpoint(settings)
     return replace(
         settings,
         run=absolute(settings.run),
@@ -143,6 +146,45 @@ def resolved(settings: RunSettings) -> RunSettings:
         method=_method(settings),
         lr=lr.resolved(settings.lr, settings.train.steps),
         checkpoint=replace(settings.checkpoint, export=exported(settings)),
+    )
+
+
+def on_checkpoint(settings: RunSettings) -> RunSettings:
+    """The settings with what `model.path` decides, where nothing else is set: tokenizer, first weights, first links.
+
+    Raises:
+        UserError: a folder without tokenizer: others' tokens would mean nothing to its weights.
+    """
+    path, method, data = settings.model.path, settings.method, settings.data
+    if path is None:
+        return settings
+    folder = Path(path).expanduser()
+    if settings.task == "language_modelling" and data.tokenizer is None:
+        if (folder / "config.json").is_file() and not has_tokenizer(folder):
+            raise UserError(
+                f"`model.path` = {path!r}: no tokenizer there, and other tokens mean nothing to its weights; name its "
+                "tokenizer in `data.tokenizer` (`bpe` trains a new one)"
+            )
+        data = replace(data, tokenizer=path)
+    if method.preset != "dense":
+        if method.initial_weight is None:
+            method = replace(method, initial_weight="keep")
+        if method.initial is None and method.initial_path is None and (folder / "topology.json").is_file():
+            method = replace(method, initial="file", initial_path=path)
+    return replace(settings, method=method, data=data)
+
+
+def told_on_checkpoint(settings: RunSettings) -> str | None:
+    """What a resolved run does with the links and weights of `model.path`; None: nothing to tell."""
+    path, method = settings.model.path, settings.method
+    if path is None or method.preset == "dense" or method.initial == "checkpoint":
+        return None
+    if method.initial == "file":
+        own = method.initial_path == path
+        return f"the first links are those of {method.initial_path}" + (" (`method.initial: file`)" if own else "")
+    return (
+        f"`method.initial: {method.initial}` draws the first links whatever the weights of `model.path` are, and those "
+        "off them are lost; `method.initial: checkpoint` keeps the largest"
     )
 
 
@@ -162,6 +204,7 @@ def check(settings: RunSettings) -> None:
     Raises:
         UserError: naming the key, its value and the remedy.
     """
+    settings = on_checkpoint(settings)
     train = settings.train
     if not settings.run:
         raise UserError("`run` = '': names no folder; give one for what the run writes")

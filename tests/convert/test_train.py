@@ -14,7 +14,8 @@ def first_links(folder, tmp_path, **method):
     from llm_cht.config import parse
     from llm_cht.train.config import RunSettings
 
-    config = tiny_config(tmp_path, model={"path": str(folder)}, method={"sparsity": 0.8, **method}, train={"steps": 4})
+    settings = {"method": {"sparsity": 0.8, **method}, "train": {"steps": 4}, "data": {"tokenizer": "bpe"}}
+    config = tiny_config(tmp_path, model={"path": str(folder)}, **settings)
     values = yaml.safe_load(config.read_text())
     values["model"] = {"path": str(folder)}
     values["checkpoint"] = {"every": 4}
@@ -31,12 +32,14 @@ def first_links(folder, tmp_path, **method):
         ({"by": "brf"}, {"initial": "file"}),
         ({"budget": "global"}, {"initial": "file", "budget": "kept"}),
         ({"by": "er", "percolate": True}, {"initial": "file", "budget": "kept"}),
+        ({"by": "er"}, {}),  # without a word about it
+        ({"by": "er"}, {"preset": "cht", "update_interval": 2}),
     ],
 )
 def test_a_run_starts_with_the_links_of_the_folder(tmp_path, options, method):
     dense = llama(tmp_path / "dense", vocab_size=300)
     folder = converted(dense, tmp_path / "sparse", sparsity=0.8, **options)
-    if method["initial"] == "file":
+    if method.get("initial") == "file":
         method = method | {"initial_path": str(folder)}
     first, last = first_links(folder, tmp_path, **method)
     given = read_topology(folder).masks
