@@ -4,7 +4,7 @@
     python launch/hf_trainer.py --output_dir runs/trainer --max_steps 200 --resume_from_checkpoint true
     accelerate launch --config_file launch/accelerate/zero2.yaml --num_processes 2 launch/hf_trainer.py ...
 
-All options are those of ``TrainingArguments``, and ``--preset``, ``--sparsity``, ``--update_interval``. On
+All options are those of ``TrainingArguments``, and those of ``Method`` below (``--preset``, ``--sparsity``, ...). On
 machines without a GPU add ``--use_cpu true``, and under a launcher ``--ddp_backend gloo``. What makes it sparse is the
 two lines marked below; model, data and arguments are anybody's. A folder with checkpoints is gone on with or left
 alone: the Trainer itself would begin anew and write between them.
@@ -34,6 +34,8 @@ class Method:
     preset: str = "chts"
     sparsity: float = 0.9
     update_interval: int = 20
+    end_step: int | None = None
+    """last step with an update; 0.75 of the training. Given, a resumed training may have another length"""
     source: str = "builtin"
     """text: files, or the Python standard library"""
     sequence_length: int = 128
@@ -54,7 +56,7 @@ class Sequences(Dataset):
 
 def checkpoint_of(arguments: TrainingArguments) -> str | None:
     """The checkpoint to go on with, None for a new training, which needs an output folder without checkpoints."""
-    folder = Path(arguments.output_dir)
+    folder = Path(str(arguments.output_dir))
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     wanted = str(arguments.resume_from_checkpoint or "false")
     if wanted.lower() == "false":
@@ -85,7 +87,8 @@ def main() -> None:
     sizes: Any = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(sequences.data.tokenizer), **sizes))
 
-    config = {"preset": method.preset, "sparsity": method.sparsity, "update_interval": method.update_interval}
+    keys = ("preset", "sparsity", "update_interval", "end_step")
+    config = {key: getattr(method, key) for key in keys}
     topology = sparsify(model, config, seed=arguments.seed)  # one
     callback = TopologyCallback(topology, resume_from=resume)  # and two, among the callbacks
 

@@ -48,17 +48,23 @@ class TopologyCallback(TrainerCallback):
 
     Args:
         topology: what ``sparsify`` made of the Trainer's model.
-        rewarm_steps: steps in which the learning rate climbs back after an update; 0: it is left alone.
+        rewarm_steps: steps in which the learning rate climbs back after an update; 0: it is left alone; None: 20, or as
+            many as lie between two updates.
         resume_from: folder of the checkpoint that ``trainer.train(resume_from_checkpoint=...)`` names, where it is not
             in the output folder of the Trainer.
     """
 
-    def __init__(self, topology: SparseTraining, rewarm_steps: int = 20, resume_from: str | None = None) -> None:
-        if rewarm_steps < 0:
+    def __init__(
+        self, topology: SparseTraining, rewarm_steps: int | None = None, resume_from: str | None = None
+    ) -> None:
+        interval = topology.settings.update_interval
+        if rewarm_steps is not None and not 0 <= rewarm_steps <= interval:
             raise UserError(
-                f"`rewarm_steps` = {rewarm_steps}: must be at least 0, where the learning rate is left alone"
+                f"`rewarm_steps` = {rewarm_steps}: must lie between 0, where the learning rate is left alone, and "
+                f"`update_interval` = {interval}, or it would not reach its peak between two updates"
             )
-        self.topology, self.rewarm_steps, self.resume_from = topology, rewarm_steps, resume_from
+        self.topology, self.resume_from = topology, resume_from
+        self.rewarm_steps = min(20, interval) if rewarm_steps is None else rewarm_steps
         self.updater: StepUpdater | None = None
         self.figures: list[dict[str, Any]] = []
         """of every topology update of this process, each with its ``step``"""

@@ -240,8 +240,12 @@ def test_mistakes(tmp_path):
         sparsify(fresh(), {"sparsty": 0.9})
     with pytest.raises(UserError, match="dense"):
         sparsify(fresh(), {"preset": "dense"})
-    with pytest.raises(UserError, match="rewarm_steps"):
-        TopologyCallback(sparsify(fresh(), {"preset": "set"}), rewarm_steps=-1)
+    for steps in (-1, 101):
+        with pytest.raises(UserError, match=rf"rewarm_steps` = {steps}.*update_interval` = 100"):
+            TopologyCallback(sparsify(fresh(), {"preset": "set"}), rewarm_steps=steps)
+    often = {"preset": "set", "update_interval": 4}
+    assert TopologyCallback(sparsify(fresh(), often)).rewarm_steps == 4  # the rate must reach its peak
+    assert TopologyCallback(sparsify(fresh(), {"preset": "set"})).rewarm_steps == 20
     topology, other = sparsify(fresh(), {"preset": "set", "update_interval": 4}), fresh()
     with pytest.raises(UserError, match="not the one that was sparsified"):
         Trainer(other, arguments(tmp_path), train_dataset=rows(), callbacks=[TopologyCallback(topology)]).train()
