@@ -7,18 +7,23 @@ The same updater as everywhere; the Trainer's own engine (one process, DDP, Deep
 up. An update follows the optimizer step of its iteration. The learning rate is the Trainer's schedule times the
 re-warm-up after an update; it is scaled before a step and put back after it, so that no scheduler notices. Each of the
 Trainer's checkpoints gets the topology: ``topology_state*`` to resume from, of every rank, and ``topology.*`` as in all
-model folders. Rejected: a Trainer of our own (nobody could combine it with another), and masks as persistent buffers
-(a stock model would not load the checkpoint).
+model folders. A resume must go on with the same resolved method, for the Trainer itself compares nothing; the length
+may be another where the schedule does not hang on it. Rejected: a Trainer of our own (nobody could combine it with
+another), and masks as persistent buffers (a stock model would not load the checkpoint).
 """
 
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
@@ -28,6 +33,14 @@ from llm_cht.errors import UserError
 from llm_cht.evolve.library import SparseTraining, StepUpdater
 
 _STATE = "topology_state"
+_MAY_CHANGE = {"workspace_mb", "force", "initial_path"}
+"""settings that a resumed training may change: how it is computed, not what"""
+_NO_ADAPTERS = (
+    "the sparse weights stay as they are under adapters, and merging makes them dense; train the model itself, without "
+    "TopologyCallback where only adapters shall learn"
+)
+_LOGGED = ("pruned", "removed", "percolated", "regrown", "overlap", "anp", "itop", "seconds_update")
+"""figures of an update that the Trainer logs, each with ``topology/`` before it"""
 
 
 class TopologyCallback(TrainerCallback):
@@ -35,35 +48,46 @@ class TopologyCallback(TrainerCallback):
 
     Args:
         topology: what ``sparsify`` made of the Trainer's model.
-        rewarm_steps: steps in which the learning rate climbs back after an update; 0: it is left alone.
+        rewarm_steps: steps in which the learning rate climbs back after an update; 0: it is left alone; None: 20, or as
+            many as lie between two updates.
         resume_from: folder of the checkpoint that ``trainer.train(resume_from_checkpoint=...)`` names, where it is not
             in the output folder of the Trainer.
     """
 
-    def __init__(self, topology: SparseTraining, rewarm_steps: int = 20, resume_from: str | None = None) -> None:
-        if rewarm_steps < 0:
+    def __init__(
+        self, topology: SparseTraining, rewarm_steps: int | None = None, resume_from: str | None = None
+    ) -> None:
+        interval = topology.settings.update_interval
+        if rewarm_steps is not None and not 0 <= rewarm_steps <= interval:
             raise UserError(
-                f"`rewarm_steps` = {rewarm_steps}: must be at least 0, where the learning rate is left alone"
+                f"`rewarm_steps` = {rewarm_steps}: must lie between 0, where the learning rate is left alone, and "
+                f"`update_interval` = {interval}, or it would not reach its peak between two updates"
             )
-        self.topology, self.rewarm_steps, self.resume_from = topology, rewarm_steps, resume_from
+        self.topology, self.resume_from = topology, resume_from
+        self.rewarm_steps = min(20, interval) if rewarm_steps is None else rewarm_steps
         self.updater: StepUpdater | None = None
         self.figures: list[dict[str, Any]] = []
         """of every topology update of this process, each with its ``step``"""
         self._rates: list[float] = []  # of the step under way, before they were scaled
+        self._logged = 0  # figures that are in the Trainer's logs
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the updater, or take up that of the checkpoint."""
         _check_engine(args)
-        model = _unwrapped(kwargs["model"])
-        if model is not self.topology.sparse.model:
-            raise UserError("the Trainer's model is not the one that was sparsified; give it that model")
+        _check_model(_unwrapped(kwargs["model"]), self.topology)
         if dist.world_size() > 1:
             dist.open_control(args.ddp_timeout)
         self.updater = self.topology.updater(kwargs["optimizer"], state.max_steps)
+        _check_optimized(self.updater)
         if state.global_step:
             folder = Path(self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}")
             with dist.together():
+                check_same(self.updater, state.max_steps, folder)
                 load_state(self.updater, folder)
+        else:
+            _check_start(self.updater, self.topology)
+        for layer in self.topology.sparse.layers.values():
+            layer.captured = None  # of a step that broke off, as with auto_find_batch_size
         self.updater.agree("after the start")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -89,15 +113,27 @@ class TopologyCallback(TrainerCallback):
             self.figures.append({"step": state.global_step, **figures})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Show the density among the Trainer's figures."""
-        if logs is not None and "loss" in logs:
-            logs["density"] = round(self.topology.density, 6)
+        """Add the density, and the figures of an update since the last log, to the Trainer's own.
+
+        The Trainer has put its figures into the history already, and integrations that come before this callback have
+        reported them.
+        """
+        if logs is None or "loss" not in logs:
+            return
+        told = {"topology/density": round(self.topology.density, 6)}
+        if self.figures[self._logged :]:
+            last = self.figures[-1]
+            told |= {f"topology/{name}": last[name] for name in _LOGGED if last[name] is not None}
+            self._logged = len(self.figures)
+        logs |= told
+        state.log_history[-1] |= told
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the topology beside the weights of the checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         with dist.together():
-            save_state(self._updater, folder)
+            run = {"total_steps": state.max_steps, "save_only_model": args.save_only_model}
+            save_state(self._updater, folder, run)
             if dist.is_main():
                 self.topology.save_topology(folder, state.global_step)
 
@@ -121,14 +157,50 @@ def _stay_on_cpu(storage: Any, location: str) -> Any:
 torch.serialization.register_package(100, lambda storage: None, _stay_on_cpu)
 
 
-def save_state(updater: StepUpdater, folder: Path) -> None:
-    """Write what this rank holds of the topology's state into a checkpoint; the values last, so that they tell all."""
+def save_state(updater: StepUpdater, folder: Path, run: Mapping[str, Any]) -> None:
+    """Write what this rank holds of the topology's state into a checkpoint; the values last, so that they tell all.
+
+    ``run``: what a resume must know of the training beside its method, ``total_steps`` and ``save_only_model``.
+    """
     tensors, values = updater.state_dict()
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(kept, folder / f"{_STATE}-rank-{dist.rank():05d}.safetensors")
     if dist.is_main():
-        about = values | {"world_size": dist.world_size(), "preset": updater.method.settings.preset}
+        about = values | {"world_size": dist.world_size(), "settings": _schedule(updater), **run}
         (folder / f"{_STATE}.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+
+
+def check_same(updater: StepUpdater, total_steps: int, folder: Path) -> None:
+    """Refuse to go on with a checkpoint by another method; one that does not tell its method is taken, with a warning.
+
+    Raises:
+        UserError: a setting that decides about the topology differs, or the checkpoint has the weights alone.
+    """
+    saved = _values(folder)
+    if saved.get("save_only_model"):
+        raise UserError(
+            f"{folder} was saved with `save_only_model`: the optimizer's moments and the place in the learning rate "
+            "schedule are lost; start a new training from its weights (`initial: file`), or save without that option"
+        )
+    if "settings" not in saved:
+        warnings.warn(
+            f"{folder} was saved by a version that did not note the method: see to it that settings and max_steps are "
+            "the same",
+            stacklevel=2,
+        )
+        return
+    now, then = _schedule(updater), saved["settings"]
+    odd = [key for key in now if key in then and now[key] != then[key]]
+    if not odd:
+        return
+    told = ", ".join(f"`{key}` = {then[key]!r} there and {now[key]!r} here" for key in odd)
+    remedy = "give `sparsify` what was saved"
+    if "end_step" in odd:
+        remedy += (
+            f"; `end_step` is 0.75 of max_steps ({saved['total_steps']} there, {total_steps} here) unless it is given: "
+            f"train as long as before, or for another length with `end_step: {then['end_step']}`"
+        )
+    raise UserError(f"{folder} was trained by another method, {told}: {remedy}")
 
 
 def load_state(updater: StepUpdater, folder: Path) -> None:
@@ -137,22 +209,81 @@ def load_state(updater: StepUpdater, folder: Path) -> None:
     Raises:
         UserError: the checkpoint has none, or one of another model.
     """
-    try:
-        values = json.loads((folder / f"{_STATE}.json").read_text(encoding="utf-8"))
-        tensors: dict[str, Tensor] = {}
-        for rank in range(values["world_size"]):
-            tensors |= load_file(folder / f"{_STATE}-rank-{rank:05d}.safetensors")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{error.filename} is missing: the checkpoint was saved without TopologyCallback, or lies elsewhere; name "
-            "its folder: TopologyCallback(topology, resume_from=...)"
-        ) from error
+    values = _values(folder)
+    tensors: dict[str, Tensor] = {}
+    for rank in range(values["world_size"]):
+        tensors |= _read(load_file, folder / f"{_STATE}-rank-{rank:05d}.safetensors")
     updater.load_state_dict(tensors, values)
     for name, layer in updater.sparse.layers.items():
         if layer.weight.numel():  # under ZeRO 3 the weights are elsewhere
             off = int((layer.weight.detach() != 0).logical_and_(~layer.mask).count_nonzero())
             if off:
                 raise UserError(f"{folder}: {off} weights of `{name}` lie off its mask; resume from another checkpoint")
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    return _read(lambda path: json.loads(path.read_text(encoding="utf-8")), folder / f"{_STATE}.json")
+
+
+def _read(reader: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
+    try:
+        return reader(path)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} is missing: the checkpoint was saved without TopologyCallback, or its save was cut off (delete it "
+            "and take the one before), or it lies elsewhere: TopologyCallback(topology, resume_from=FOLDER)"
+        ) from error
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}); resume from another checkpoint") from error
+
+
+def _schedule(updater: StepUpdater) -> dict[str, Any]:
+    """What decides about the topology, resolved, as JSON gives it back; a length that nothing hangs on is left out."""
+    method = updater.method
+    idle = {"end_step", "density_end_step"} if not method.updates.end_step else set()
+    if method.settings.density == "constant":
+        idle.add("density_end_step")  # the same as end_step
+    kept = {key: value for key, value in asdict(method.settings).items() if key not in idle | _MAY_CHANGE}
+    told: dict[str, Any] = json.loads(json.dumps(kept | {"seed": updater.seed}))
+    return told
+
+
+def _check_model(model: Any, topology: SparseTraining) -> None:
+    sparse = topology.sparse
+    if model is not sparse.model:
+        if hasattr(model, "peft_config"):
+            raise UserError("the Trainer's model has PEFT adapters: " + _NO_ADAPTERS)
+        raise UserError(
+            "the Trainer's model is not the one that was sparsified; give it that model, and no `model_init`, which "
+            "makes another (so does a hyperparameter search: make model, topology and Trainer anew for each trial)"
+        )
+    for name, layer in sparse.layers.items():
+        if model.get_submodule(name) is not layer:
+            raise UserError(f"layer `{name}` was replaced after `sparsify` (by an adapter of PEFT?): " + _NO_ADAPTERS)
+
+
+def _check_optimized(updater: StepUpdater) -> None:
+    """Links come and go by weights that learn; at others the method would only destroy."""
+    known: set[int] | None = None
+    if not updater.shards.sharded:  # DeepSpeed's groups hold pieces, and it takes all that wants a gradient
+        known = {id(parameter) for group in updater.shards.optimizer.param_groups for parameter in group["params"]}
+    for name, layer in updater.sparse.layers.items():
+        if not layer.weight.requires_grad or (known is not None and id(layer.weight) not in known):
+            raise UserError(
+                f"the weight of the sparse layer `{name}` is frozen, or the optimizer does not have it; leave it "
+                "dense: sparsify(model, config, SparseSettings(exclude=[...]))"
+            )
+
+
+def _check_start(updater: StepUpdater, topology: SparseTraining) -> None:
+    """A model that was trained already begins a new schedule, which one that starts with more links cannot."""
+    now, first, rule = topology.density, topology.first_density, updater.method.settings.density
+    if rule != "constant" and now != first:
+        raise UserError(
+            f"the model was trained already: its density is {now:.4f}, and `density: {rule}` began at "
+            f"{first:.4f}; sparsify a new model (no second `train()`, no `auto_find_batch_size`), or resume "
+            "from a checkpoint"
+        )
 
 
 def _check_engine(args: Any) -> None:
@@ -164,6 +295,11 @@ def _check_engine(args: Any) -> None:
         )
     if args.n_gpu > 1:
         raise UserError("the Trainer uses DataParallel, which copies the model; start one process per GPU (torchrun)")
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise UserError(
+            "`enable_jit_checkpoint` saves without telling callbacks, so without the topology; leave it off, and save "
+            "often enough (`save_steps`)"
+        )
     if getattr(args, "fsdp", None):
         raise UserError(
             "the Trainer is set up for FSDP, under which topology updates are not supported; use ZeRO or DDP"

@@ -49,12 +49,13 @@ class SparseTraining:
     settings: MethodSettings
     seed: int
     start: Start
+    first_density: float
+    """that of the first topology"""
 
     @property
     def density(self) -> float:
         """Existing links over all positions of the sparse layers, now."""
-        masks = [layer.mask for layer in self.sparse.layers.values()]
-        return sum(int(mask.count_nonzero()) for mask in masks) / sum(mask.numel() for mask in masks)
+        return _density(self.sparse)
 
     def updater(self, optimizer: Any, total_steps: int) -> StepUpdater:
         """The updater of a training of ``total_steps`` optimizer steps by ``optimizer`` (Adam, AdamW or SGD).
@@ -108,7 +109,13 @@ def sparsify(
         )
     sparse = swap_layers(model, layers or SparseSettings())
     check_start(sparse, method)
-    return SparseTraining(sparse, settings, seed, draw_start(sparse, method, seed, calibrate))
+    start = draw_start(sparse, method, seed, calibrate)
+    return SparseTraining(sparse, settings, seed, start, _density(sparse))
+
+
+def _density(sparse: SparseModel) -> float:
+    masks = [layer.mask for layer in sparse.layers.values()]
+    return sum(int(mask.count_nonzero()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def _some_length(settings: MethodSettings) -> int:

@@ -1,6 +1,8 @@
 """The Trainer of transformers with sparse training: the script as users start it, killed, resumed, on many ranks."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer
 
 from llm_cht import TopologyCallback, sparsify
-from llm_cht.errors import UserError
 from llm_cht.sparse.folder import read_topology, verify_folder
+from tests.evolve.trainer_parts import arguments, fresh, off_the_masks, rows
 from tests.launched import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +24,6 @@ SCRIPT = ROOT / "launch" / "hf_trainer.py"
 OPTIONS = ["--max_steps", "60", "--save_steps", "20", "--logging_steps", "10", "--use_cpu", "true"]
 OPTIONS += ["--report_to", "none", "--learning_rate", "3e-3", "--sequence_length", "32", "--update_interval", "5"]
 OPTIONS += ["--sparsity", "0.8", "--disable_tqdm", "true"]
-SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -90,6 +91,10 @@ def test_killed_and_resumed_equals_unbroken(unbroken, tmp_path):
     process.communicate()
     for name in ("checkpoint-60", "model"):  # where the kill came late
         subprocess.run(["rm", "-rf", folder / name], check=True)
+    refused = started(folder)
+    out, _ = refused.communicate(timeout=200)
+    assert refused.returncode == 2
+    assert re.search(r"checkpoint-40 is of an earlier training.*--resume_from_checkpoint true", out)
     ended(started(folder, "--resume_from_checkpoint", str(folder / "checkpoint-40")))
     same(folder, unbroken)
 
@@ -102,24 +107,12 @@ def test_two_ranks_under_accelerate_launch(unbroken, tmp_path, engine):
     masks, alone = model(tmp_path / "two")[1], model(unbroken)[1]
     agreement = [float((masks[name] == alone[name]).float().mean()) for name in masks]
     assert min(agreement) > 0.75  # same batches, sums in another order: some choices part
-    ended(started(tmp_path / "two", "--resume_from_checkpoint", "true", "--max_steps", "70", engine=engine))
-    verify_folder(tmp_path / "two" / "model")
-
-
-def arguments(folder: Path, **more) -> TrainingArguments:
-    plain = {"max_steps": 12, "report_to": [], "use_cpu": True, "save_steps": 4, "disable_tqdm": True}
-    return TrainingArguments(str(folder), per_device_train_batch_size=2, **plain | more)
-
-
-def rows():
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 64, (64, 12), generator=generator)
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def fresh():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES))
+    before = model(tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoint-60")
+    ended(started(tmp_path / "two", "--resume_from_checkpoint", "true", engine=engine))
+    after = model(tmp_path / "two")
+    for one, other in zip(before, after, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 class Rates(TopologyCallback):
@@ -148,23 +141,4 @@ def test_methods_that_look_at_gradients_with_accumulation(tmp_path, preset):
     settings = arguments(tmp_path, gradient_accumulation_steps=2)
     Trainer(model, settings, train_dataset=rows(), callbacks=[TopologyCallback(topology)]).train()
     assert topology.density == pytest.approx(0.4, abs=0.01)
-    for layer in topology.sparse.layers.values():
-        assert int((layer.weight.detach() != 0).logical_and(~layer.mask).sum()) == 0
-
-
-def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match=r"sparsty.*sparsity"):
-        sparsify(fresh(), {"sparsty": 0.9})
-    with pytest.raises(UserError, match="dense"):
-        sparsify(fresh(), {"preset": "dense"})
-    with pytest.raises(UserError, match="rewarm_steps"):
-        TopologyCallback(sparsify(fresh(), {"preset": "set"}), rewarm_steps=-1)
-    topology, other = sparsify(fresh(), {"preset": "set", "update_interval": 4}), fresh()
-    with pytest.raises(UserError, match="not the one that was sparsified"):
-        Trainer(other, arguments(tmp_path), train_dataset=rows(), callbacks=[TopologyCallback(topology)]).train()
-    model = fresh()
-    Trainer(model, arguments(tmp_path / "dense"), train_dataset=rows()).train()
-    callback = TopologyCallback(sparsify(model, {"preset": "set", "update_interval": 4}))
-    trainer = Trainer(model, arguments(tmp_path / "dense"), train_dataset=rows(), callbacks=[callback])
-    with pytest.raises(UserError, match=r"topology_state.json is missing.*resume_from"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "dense" / "checkpoint-8"))
+    assert off_the_masks(topology) == 0
