@@ -243,7 +243,8 @@ class TopologyUpdater:
         density = int(new_mask.count_nonzero()) / new_mask.numel()
         scale = Scale(num_inputs, density, settings.initial_gain, self.own_std[name])
         keys = Keys(moment.seed, moment.update, name)
-        return Change(bits.encode(flipped), draw(settings.initial_weight, grown.nonzero().squeeze(1), scale, keys))
+        index = self.sparse.layers[name].index_OI(grown.nonzero().squeeze(1))
+        return Change(bits.encode(flipped), draw(settings.initial_weight, index, scale, keys))
 
     def _count(self, changes: Mapping[str, LayerChange], own: Mapping[str, Change]) -> Tensor:
         """Counts of links, int64 (layers, ``COUNTS``), in the order of the model, and the same on all ranks."""

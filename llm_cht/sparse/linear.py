@@ -128,6 +128,10 @@ class SparseLayer(nn.Module):
         """A matrix (out, in) as the weight is stored; undoes ``as_OI``."""
         return matrix_OI.mT.contiguous() if self.transposed else matrix_OI
 
+    def index_OI(self, index: Tensor) -> Tensor:
+        """Flat positions in a stored matrix as flat positions in the network, int64; random numbers go by these."""
+        return index % self.out_features * self.in_features + index // self.out_features if self.transposed else index
+
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
         """Take over a mask, stored as the weight is, and zero the weights off it; for a weight that is whole here."""
