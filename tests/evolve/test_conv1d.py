@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from llm_cht.evolve.callback import TopologyCallback
 from llm_cht.evolve.library import sparsify
 from llm_cht.evolve.shards import Whole
 from llm_cht.evolve.start import check_start, draw_start
@@ -167,3 +168,34 @@ def test_a_plain_loop_learns():
         assert not layer.weight[~layer.mask].any()
         assert not optimizer.state[layer.weight]["exp_avg"][~layer.mask].any()
     assert topology.density == pytest.approx(0.3, abs=1e-3)
+
+
+def trained_by_a_trainer(folder, resume=None):
+    """20 steps; the Trainer saves after 10 and 20."""
+    model = gpt2()
+    topology = sparsify(model, {"preset": "rigl", "sparsity": 0.8, "update_interval": 3})
+    options = {"max_steps": 20, "save_steps": 10, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(folder), **options, per_device_train_batch_size=2, learning_rate=3e-3),
+        train_dataset=rows,
+        callbacks=[TopologyCallback(topology)],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return model
+
+
+def test_a_trainer_resumes_bit_for_bit_and_its_checkpoints_are_stock_ones(tmp_path):
+    whole = trained_by_a_trainer(tmp_path)
+    resumed = trained_by_a_trainer(tmp_path, resume=str(tmp_path / "checkpoint-10"))
+    for (name, one), two in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+    loaded, info = GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint-20", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(loaded.eval()(IDS).logits, whole.eval()(IDS).logits)
+    counts = verify_folder(tmp_path / "checkpoint-20")
+    assert all(
+        count.links == num_links(read_topology(tmp_path / "checkpoint-20").masks[n].shape, 0.2)
+        for n, count in counts.items()
+    )
