@@ -338,6 +338,17 @@ def test_a_model_without_a_row_is_swapped_inside_its_blocks_and_nothing_percolat
     same(tmp_path / "m", model, outputs)
 
 
+def test_a_model_without_a_row_can_be_of_conv1d():
+    config = AutoConfig.for_model("openai-gpt", vocab_size=WORDS, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = model(input_ids=IDS).logits
+    with pytest.warns(UserWarning, match=r"`openai-gpt` has no row"):
+        sparse = sparsify(model, SparseSettings())
+    assert {name.rpartition(".")[2] for name in sparse.layers} == {"c_attn", "c_proj", "c_fc"}
+    assert sparse.transposed == sparse.layers.keys()
+    assert torch.equal(model(input_ids=IDS).logits, before)
+
+
 def test_a_list_of_layers_is_no_list_of_blocks():
     class Block(nn.Module):
         def __init__(self):
