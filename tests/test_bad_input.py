@@ -193,12 +193,12 @@ def test_model_configs(refused, tmp_path):
     broken, binary, other = (tmp_path / name for name in ("broken.yaml", "binary.yaml", "other.yaml"))
     broken.write_text("a: [")
     binary.write_bytes(bytes(range(128, 256)))
-    other.write_text("model_type: gpt2\nn_embd: 16\nn_layer: 1\nn_head: 2")
+    other.write_text("model_type: gpt2\nn_embd: 16\nn_layer: 1\nn_head: 3")
     train = ("train", tiny_config(tmp_path), "--model.config")
     refused(*train, broken, parts=(str(broken), "not YAML", "line 1", "correct it"))
     refused(*train, binary, parts=(str(binary), "not YAML"))
     config = tiny_config(tmp_path, model={"config": str(other), "overrides": {}})
-    refused("train", config, parts=("is a Conv1D", "`sparse.exclude`"))
+    refused("train", config, parts=("cannot work", "divisible", "correct them"))
 
 
 def test_model_checkpoints(refused, tmp_path, run):

@@ -26,6 +26,7 @@ from llm_cht.convert.shards import Edit
 from llm_cht.convert.source import Source
 from llm_cht.errors import UserError
 from llm_cht.sparse.families import FAMILIES, Family, groups_of, is_linear
+from llm_cht.sparse.linear import num_outputs, transposed_layers
 from llm_cht.topology.bits import PackedMasks
 from llm_cht.topology.percolate import Group, Mlp, ValueOutput
 
@@ -47,6 +48,7 @@ SIZES = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "phi3"), _HEADS),
     **dict.fromkeys(("olmo2", "gpt_neox", "bert"), Sizes()),
     **dict.fromkeys(("marian", "bart"), Sizes("{stack}_ffn_dim")),
+    "gpt2": Sizes("n_inner"),
     "opt": Sizes("ffn_dim"),
     "t5": Sizes("d_ff"),
 }
@@ -70,19 +72,19 @@ class _Kept:
         """Say in ``rows`` which neurons or heads of a layer, or of a part of one, remain."""
         part = group.parts.get(name)
         layer = name if part is None else part.layer
-        size = self.model.get_submodule(layer).out_features
+        size = num_outputs(self.model.get_submodule(layer))
         index = torch.arange(size)[:, None]
         index = (index if part is None else part.of(index)).squeeze(1)
         every = which.repeat_interleave(len(index) // len(which))
         rows.setdefault(layer, torch.ones(size, dtype=torch.bool))[index] = every
 
-    def edits(self, masks: PackedMasks) -> dict[str, Edit]:
-        """The same for the tensors of the checkpoint, which become 0 off ``masks``."""
+    def edits(self, masks: PackedMasks, transposed: frozenset[str]) -> dict[str, Edit]:
+        """The same for the tensors of the checkpoint, which become 0 off ``masks``, stored as they are."""
         edits = {}
         for name in masks.keys() | self.rows.keys() | self.columns.keys():
-            rows, alive = self.rows.get(name), self.alive.get(name)
+            rows, columns, alive = self.rows.get(name), self.columns.get(name), self.alive.get(name)
             mask = partial(masks.__getitem__, name) if name in masks else None
-            edits[f"{name}.weight"] = Edit(mask, rows, self.columns.get(name))
+            edits[f"{name}.weight"] = Edit(mask, columns, rows) if name in transposed else Edit(mask, rows, columns)
             if getattr(self.model.get_submodule(name), "bias", None) is not None:
                 edits[f"{name}.bias"] = Edit(None if alive is None else partial(torch.clone, alive), rows)
         return edits
@@ -94,8 +96,11 @@ class Compact:
 
     edits: dict[str, Edit]
     masks: PackedMasks
+    """in the order of the stored weights, as those of the checkpoint"""
     config: dict[str, Any]
     report: str
+    transposed: frozenset[str]
+    """layers whose weight is stored as (in, out)"""
 
 
 def compact(source: Source, config: Any, masks: PackedMasks) -> Compact:
@@ -112,14 +117,16 @@ def compact(source: Source, config: Any, masks: PackedMasks) -> Compact:
     for name in masks:
         check_weight(source, name, masks.shapes[name])
     biased = frozenset(name for name in masks if getattr(model.get_submodule(name), "bias", None) is not None)
-    layers = Layers(dict(masks.shapes), groups_of(model, family, list(masks)), biased)
-    masks, active, neurons = percolated(masks, layers, heads=True)
-    kept, changes = _Kept(model), {}
-    mlps, values = _dead(layers, masks, Mlp), _dead(layers, masks, ValueOutput)
+    transposed = transposed_layers(model)
+    networks = masks.transposed(transposed)
+    layers = Layers(dict(networks.shapes), groups_of(model, family, list(masks)), biased, transposed)
+    networks, active, neurons = percolated(networks, layers, heads=True)
+    kept, changes, before = _Kept(model), {}, {}
+    mlps, values = _dead(layers, networks, Mlp), _dead(layers, networks, ValueOutput)
     for key, found in _by_size(mlps, sizes, _missing(model, family, mlps, Mlp)).items():
-        width = _shrink_mlps(kept, found)
-        if width < getattr(config, key):
-            changes[key] = width
+        width, full = _shrink_mlps(kept, found), len(found[0][2])
+        if width < full:
+            changes[key], before[key] = width, full
     if sizes.heads and not _missing(model, family, values, ValueOutput) and (fewer := _fewer_heads(config, values)):
         _shrink_attentions(kept, family, values, fewer)
         changes |= _head_keys(config, fewer)
@@ -128,12 +135,13 @@ def compact(source: Source, config: Any, masks: PackedMasks) -> Compact:
             f"--compact: nothing to remove ({active:,} of {neurons:,} neurons are active): of each size that a {kind} "
             "has once for all layers, some layer needs all, or the family cannot have less; keep the folder as it is"
         )
-    edits, smaller = kept.edits(masks), source.config | changes
+    masks = networks.transposed(transposed)
+    edits, smaller = kept.edits(masks, transposed), source.config | changes
     _check_shapes(source, empty_model(type(config).from_dict(copy.deepcopy(smaller)), code=False), edits)
     small = PackedMasks.of((name, _cut(masks[name], edits[f"{name}.weight"])) for name in masks)
-    sizes_told = [f"{key} {getattr(config, key, None)} -> {value}" for key, value in changes.items()]
+    sizes_told = [f"{key} {before.get(key, getattr(config, key, None))} -> {value}" for key, value in changes.items()]
     report = f"{active:,} of {neurons:,} neurons are active; {', '.join(sizes_told)}"
-    return Compact(edits, small, smaller, report)
+    return Compact(edits, small, smaller, report, transposed)
 
 
 def _dead(layers: Layers, masks: PackedMasks, kind: type) -> list[_Dead]:
@@ -227,7 +235,7 @@ def _check_shapes(source: Source, model: Any, edits: dict[str, Edit]) -> None:
             )
 
 
-def _cut(mask_OI: Tensor, edit: Edit) -> Tensor:
+def _cut(mask: Tensor, edit: Edit) -> Tensor:
     if edit.rows is not None:
-        mask_OI = mask_OI[edit.rows]
-    return mask_OI if edit.columns is None else mask_OI[:, edit.columns]
+        mask = mask[edit.rows]
+    return mask if edit.columns is None else mask[:, edit.columns]

@@ -36,7 +36,7 @@ ALL_BUDGETS = (*BUDGETS, "global")
 def draw_masks(
     source: Source, layers: Layers, sparsity: float, by: str, budget: str, random: tuple[int, InitialOptions]
 ) -> PackedMasks:
-    """Masks with exactly the links that ``sparsity`` asks for; ``random`` are the seed and the options of a start.
+    """Masks (out, in) with exactly the links that ``sparsity`` asks for; ``random``: seed and options of a start.
 
     Raises:
         UserError: a layer would get no link; a weight is not finite.
@@ -46,7 +46,7 @@ def draw_masks(
     if budget == "global":
         total = math.floor(density * sum(map(math.prod, layers.shapes.values())) + 0.5)
         with _bar(5 * len(layers.shapes)) as bar:
-            masks = strongest(lambda name: _score(source, name, by, bar), layers.shapes, total, seed)
+            masks = strongest(lambda name: _score(source, layers, name, by, bar), layers.shapes, total, seed)
         for name in masks:
             if not masks.packed[name].any():
                 raise UserError(f"--sparsity {sparsity:g} leaves no link in `{name}` under --budget global; lower it")
@@ -58,7 +58,7 @@ def draw_masks(
     def drawn() -> Iterator[tuple[str, Tensor]]:
         with _bar(len(links)) as bar:
             for name, count in links.items():
-                given = Given(weight_OI=_weight(source, name)) if by in KEEP else Given()
+                given = Given(weight_OI=_weight(source, layers, name)) if by in KEEP else Given()
                 rule = STARTS["checkpoint" if by in KEEP else by]
                 yield name, rule(layers.shapes[name], count, Keys(seed, 0, name), options, given)
                 bar.update()
@@ -92,7 +92,7 @@ def strongest(score: Callable[[str], Tensor], shapes: Mapping[str, tuple[int, in
 
 
 def percolated(masks: PackedMasks, layers: Layers, heads: bool = False) -> tuple[PackedMasks, int, int]:
-    """Masks without the links that pass no signal; active neurons and all neurons. ``heads``: dead heads too."""
+    """Masks (out, in) without links that pass no signal; active and all neurons. ``heads``: without dead heads too."""
     active = neurons = 0
     packed: dict[str, Tensor] = {}
     for group in layers.groups:
@@ -103,15 +103,16 @@ def percolated(masks: PackedMasks, layers: Layers, heads: bool = False) -> tuple
     return PackedMasks({name: packed[name] for name in masks}, masks.shapes), active, neurons
 
 
-def _weight(source: Source, name: str) -> Tensor:
-    weight_OI = source.tensors[f"{name}.weight"].floats()
+def _weight(source: Source, layers: Layers, name: str) -> Tensor:
+    weight = source.tensors[f"{name}.weight"].floats()
+    weight_OI = weight.T.contiguous() if name in layers.transposed else weight
     if not weight_OI.isfinite().all():
         raise UserError(f"{source.folder}: the weight of `{name}` is not finite everywhere; give a sound checkpoint")
     return weight_OI
 
 
-def _score(source: Source, name: str, by: str, bar: tqdm) -> Tensor:
-    weight_OI = _weight(source, name)
+def _score(source: Source, layers: Layers, name: str, by: str, bar: tqdm) -> Tensor:
+    weight_OI = _weight(source, layers, name)
     everywhere = torch.ones((), dtype=torch.bool).expand(weight_OI.shape)
     bar.update()
     return SCORES[KEEP[by]](weight_OI, everywhere, None, 1.0)

@@ -35,6 +35,8 @@ class Layers:
     groups: tuple[Group, ...]
     biased: frozenset[str]
     """layers with a bias"""
+    transposed: frozenset[str]
+    """layers whose weight is stored as (in, out)"""
 
 
 @contextmanager
@@ -99,14 +101,14 @@ def sparse_layers(source: Source, model: Any, settings: SparseSettings) -> Layer
     with as_options():
         sparse = sparsify(model, settings)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in sparse.layers.items()}
-    for name, shape in shapes.items():
-        check_weight(source, name, shape)
+    for name, layer in sparse.layers.items():
+        check_weight(source, name, tuple(layer.weight.shape))
     biased = frozenset(name for name, layer in sparse.layers.items() if layer.bias is not None)
-    return Layers(shapes, sparse.groups, biased)
+    return Layers(shapes, sparse.groups, biased, sparse.transposed)
 
 
 def check_weight(source: Source, name: str, shape: tuple[int, ...]) -> None:
-    """Raise ``UserError`` unless the files hold the weight of layer ``name``, in that shape, as floats."""
+    """Raise ``UserError`` unless the files hold the weight of layer ``name``, stored in that shape, as floats."""
     stored = source.tensors.get(f"{name}.weight")
     if stored is None:
         raise UserError(f"{source.folder}: the weight of `{name}` is in none of its files; give the whole model")

@@ -77,7 +77,10 @@ class _Work:
     edits: dict[str, Edit]
     config: dict[str, Any]
     topology: tuple[PackedMasks, str, int] | None
+    """masks in the order of the stored weights, name and step"""
     report: str
+    transposed: frozenset[str] = frozenset()
+    """layers whose weight is stored as (in, out)"""
 
 
 def convert(request: Request, say: Say) -> str:
@@ -154,8 +157,9 @@ def _sparse(source: Source, request: Request, say: Say) -> _Work:
     told = f"{len(masks)} sparse layers with {positions:,} positions"
     if request.percolate:
         masks, told = _percolated(masks, layers, told, say)
+    masks = masks.transposed(layers.transposed)
     edits = {f"{name}.weight": Edit(mask=_maker(masks, name)) for name in masks}
-    return _Work(source, edits, source.config, (masks, request.by, 0), told)
+    return _Work(source, edits, source.config, (masks, request.by, 0), told, layers.transposed)
 
 
 def _percolated(masks: PackedMasks, layers: Layers, told: str, say: Say) -> tuple[PackedMasks, str]:
@@ -178,7 +182,7 @@ def _compact(source: Source) -> _Work:
     verify_folder(source.folder)
     masks, name, step = read_packed(source.folder)
     small = compact(source, load_config(source, code=False), masks)
-    return _Work(source, small.edits, small.config, (small.masks, name, step), small.report)
+    return _Work(source, small.edits, small.config, (small.masks, name, step), small.report, small.transposed)
 
 
 def _maker(masks: PackedMasks, name: str) -> Callable[[], torch.Tensor]:
@@ -204,7 +208,7 @@ def _write(work: _Work, request: Request) -> str:
         config = work.config | ({} if request.dtype is None else _dtype_keys(work.config, request.dtype))
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if work.topology is not None:
-            write_topology(fresh, *work.topology)
+            write_topology(fresh, *work.topology, transposed=work.transposed)
         verify_shards(fresh, digests)
         counts = verify_folder(fresh) if work.topology is not None else {}
     links, nonzero = sum(c.links for c in counts.values()), sum(c.nonzero for c in counts.values())

@@ -72,7 +72,7 @@ class SparseTraining:
     def save_topology(self, folder: str | Path, step: int = 0) -> None:
         """Write topology.safetensors and topology.json beside a model saved by ``save_pretrained``."""
         masks = {name: layer.mask for name, layer in self.sparse.layers.items()}
-        write_topology(Path(folder), masks, self.settings.preset, step)
+        write_topology(Path(folder), masks, self.settings.preset, step, transposed=self.sparse.transposed)
 
 
 def sparsify(

@@ -1,7 +1,8 @@
 """The first topology of a live model: masks with exact counts, and first weights that are 0 off them.
 
 Drawn on the CPU from counter-based keys, so that it is the same on every device and rank. Only CSTI looks at data: the
-inputs of layers are caught on their way through the model as it was built, before a link is missing.
+inputs of layers are caught on their way through the model as it was built, before a link is missing. Masks and weights
+are drawn as (out, in), and turned where they are given to a layer that stores them otherwise.
 """
 
 from __future__ import annotations
@@ -99,15 +100,15 @@ def draw_start(sparse: SparseModel, method: Method, seed: int, calibrate: Calibr
             shapes[name], targets[name].links, keys, _options(settings, name in level), given.get(name, Given())
         )
         masks[name] = repair(mask, keys) if settings.repair else mask
-    deviations = {name: own_std(layer.weight) for name, layer in sparse.layers.items()}
+    deviations = {name: own_std(layer.as_OI(layer.weight)) for name, layer in sparse.layers.items()}
     lonely = {"outputs": 0, "inputs": 0}
     for name, layer in sparse.layers.items():
         mask = masks[name].to(layer.mask.device)
         density = targets[name].links / mask.numel()
-        keys = Keys(seed, 0, name)
-        weight = first_weight(settings.initial_weight, layer.weight, mask, density, settings.initial_gain, keys)
-        layer.weight.copy_(weight)
-        layer.set_mask(mask)
+        keys, own = Keys(seed, 0, name), layer.as_OI(layer.weight)
+        weight = first_weight(settings.initial_weight, own, mask, density, settings.initial_gain, keys)
+        layer.weight.copy_(layer.as_stored(weight))
+        layer.set_mask(layer.as_stored(mask))
         outputs, inputs = unlinked(masks[name])
         lonely["outputs"] += outputs
         lonely["inputs"] += inputs
@@ -170,12 +171,14 @@ def _given(sparse: SparseModel, settings: Any, calibrate: Calibrate | None) -> d
         masks = _masks_of_file(settings.initial_path, _shapes(sparse))
         return {name: Given(mask_OI=mask) for name, mask in masks.items()}
     if settings.initial == "checkpoint":
-        return {name: Given(weight_OI=layer.weight.detach().cpu()) for name, layer in sparse.layers.items()}
+        return {
+            name: Given(weight_OI=layer.as_OI(layer.weight.detach()).cpu()) for name, layer in sparse.layers.items()
+        }
     return dict.fromkeys(sparse.layers, Given())
 
 
 def _masks_of_file(path: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-    masks = read_topology(Path(path)).masks
+    masks = read_topology(Path(path)).masks_OI
     odd = sorted(shapes.keys() ^ masks.keys()) or [n for n, shape in shapes.items() if tuple(masks[n].shape) != shape]
     if odd:
         raise UserError(

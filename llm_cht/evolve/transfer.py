@@ -14,13 +14,13 @@ from torch import Tensor
 
 from llm_cht import dist
 from llm_cht.evolve.shards import Shards
-from llm_cht.sparse.linear import SparseLinear
+from llm_cht.sparse.linear import SparseLayer
 
 
 class Weights:
     """The weights of the owned layers."""
 
-    def __init__(self, layers: Mapping[str, SparseLinear]) -> None:
+    def __init__(self, layers: Mapping[str, SparseLayer]) -> None:
         self._layers = layers
         self._pieces: dict[str, list[Tensor]] | None = None
         self.bytes_received = 0
@@ -30,7 +30,7 @@ class Weights:
         self._pieces, self.bytes_received = pieces, bytes_received
 
     def dense(self, name: str) -> Tensor:
-        """The fp32 weight (out, in) of an owned layer; 0 off the mask. Not to be written to."""
+        """The fp32 weight of an owned layer, in the order of its mask, and 0 off it. Not to be written to."""
         layer = self._layers[name]
         if self._pieces is None:
             return layer.weight.detach().float()
@@ -39,7 +39,7 @@ class Weights:
         return weight
 
 
-def gather_weights(layers: Mapping[str, SparseLinear], owner: Mapping[str, int], shards: Shards) -> Weights:
+def gather_weights(layers: Mapping[str, SparseLayer], owner: Mapping[str, int], shards: Shards) -> Weights:
     """The weights of the layers that this rank owns; a collective where weights are cut, else nothing is sent."""
     weights = Weights(layers)
     if not shards.sharded:

@@ -8,6 +8,10 @@ its working copy and its piece of master and moments. History, averaged gradient
 existed stay with the owner. Random numbers are functions of (seed, update, layer, index), so the same inputs give the
 same masks on any number of ranks. After every update the ranks compare a fingerprint of each mask.
 
+All of it is kept and sent as layers store their weights: a flat position is the same link in a mask, a weight, a shard
+and a code, and GPT-2's are (in, out). Only the rules of ``topology`` see (out, in): what goes to them and comes from
+them is turned where they are called.
+
 On one process everything is owned, nothing is sent, and the weights are read where they are.
 """
 
@@ -69,9 +73,9 @@ class TopologyUpdater:
         self.union = {name: mask.clone() for name, mask in mine.items()}
         """links that have existed at any time, of the owned layers"""
         self.history = _numbers(mine) if method.settings.new_weight == "history" else {}
-        """last weight of links that existed, fp32 (out, in), of the owned layers; empty unless the method uses it"""
+        """last weight of links that existed, fp32, of the owned layers; empty unless the method uses it"""
         self.momenta = _numbers(mine) if method.needs_momentum(1) else {}
-        """average of the dense gradient over steps, fp32 (out, in), of the owned layers; empty unless it is used"""
+        """average of the dense gradient over steps, fp32, of the owned layers; empty unless it is used"""
         self.own_std: dict[str, float] = {}
         """of each layer's weights before the start (``Start.own_std``), for new links that are drawn as then"""
         self._gradients: dict[str, Tensor] = {}  # of this step, where ``learned`` has gathered them
@@ -79,7 +83,7 @@ class TopologyUpdater:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The live masks, bool (out, in) by layer name."""
+        """The live masks, bool by layer name, each in the order in which its layer stores the weight."""
         return {name: layer.mask for name, layer in self.sparse.layers.items()}
 
     def due(self, step: int) -> bool:
@@ -135,9 +139,9 @@ class TopologyUpdater:
                 _check_finite(inputs.weights, step)
                 if not prune_only:
                     self._check_watched(inputs, step)
-                changes |= update_group(self.method, group, inputs, moment)
-                for name in group.layers:
-                    self._remember(name, inputs.weights[name], changes[name].mask)
+                for name, evolved in update_group(self.method, group, inputs, moment).items():
+                    changes[name] = replace(evolved, mask=self.sparse.layers[name].as_stored(evolved.mask))
+                    self._remember(name, weights, changes[name].mask)
         clock.lap("compute")
         own = {name: self._change(name, change.mask, moment) for name, change in changes.items()}
         counts = self._count(changes, own)
@@ -189,15 +193,19 @@ class TopologyUpdater:
         self, group: Group, weights: Weights, targets: Mapping[str, Target], gradients: Mapping[str, Tensor]
     ) -> Inputs:
         return Inputs(
-            weights={name: weights.dense(name) for name in group.layers},
-            masks={name: self.sparse.layers[name].mask for name in group.layers},
+            weights=self._seen(group, {name: weights.dense(name) for name in group.layers}),
+            masks=self._seen(group, self.masks),
             targets=targets,
-            gradients=gradients,
-            momenta=self.momenta,
-            memory=self.history,
+            gradients=self._seen(group, gradients),
+            momenta=self._seen(group, self.momenta),
+            memory=self._seen(group, self.history),
             has_bias=self._has_bias,
             stopped=frozenset(self.stopped),
         )
+
+    def _seen(self, group: Group, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of a group's layers as the rules see them: (out, in)."""
+        return {name: self.sparse.layers[name].as_OI(stored[name]) for name in group.layers if name in stored}
 
     def _check_watched(self, inputs: Inputs, step: int) -> None:
         if self.method.needs_gradient(step):
@@ -217,10 +225,10 @@ class TopologyUpdater:
                 if new > 0 and back >= threshold * new:
                     self.stopped.add(name)
 
-    def _remember(self, name: str, weight: Tensor, new_mask: Tensor) -> None:
+    def _remember(self, name: str, weights: Weights, new_mask: Tensor) -> None:
         history = self.history.get(name)
         if history is not None:
-            torch.where(self.sparse.layers[name].mask, weight, history, out=history)
+            torch.where(self.sparse.layers[name].mask, weights.dense(name), history, out=history)
         self.union[name] |= new_mask
 
     def _change(self, name: str, new_mask: Tensor, moment: Moment) -> Change:
@@ -235,7 +243,8 @@ class TopologyUpdater:
         density = int(new_mask.count_nonzero()) / new_mask.numel()
         scale = Scale(num_inputs, density, settings.initial_gain, self.own_std[name])
         keys = Keys(moment.seed, moment.update, name)
-        return Change(bits.encode(flipped), draw(settings.initial_weight, grown.nonzero().squeeze(1), scale, keys))
+        index = self.sparse.layers[name].index_OI(grown.nonzero().squeeze(1))
+        return Change(bits.encode(flipped), draw(settings.initial_weight, index, scale, keys))
 
     def _count(self, changes: Mapping[str, LayerChange], own: Mapping[str, Change]) -> Tensor:
         """Counts of links, int64 (layers, ``COUNTS``), in the order of the model, and the same on all ranks."""
@@ -310,8 +319,7 @@ class TopologyUpdater:
         return int(active), int(neurons)
 
     def _active(self, group: Group) -> tuple[int, int]:
-        masks = {name: self.sparse.layers[name].mask for name in group.layers}
-        return active_neurons(self.method, group, masks, self._has_bias)
+        return active_neurons(self.method, group, self._seen(group, self.masks), self._has_bias)
 
     def digest(self) -> str:
         """SHA-256 over all masks."""

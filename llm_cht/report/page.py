@@ -288,8 +288,8 @@ def _exploration(run: RunRecords) -> Section:
 
 def _networks(run: RunRecords) -> list[Section]:
     assert run.first_links is not None
-    start = run.first_links.masks
-    end = None if run.last_links is None else run.last_links.masks
+    start = run.first_links.masks_OI
+    end = None if run.last_links is None else run.last_links.masks_OI
     colours = (
         "Grey: start, its peak cut where a number says so; blue line: end."
         if end is not None

@@ -99,13 +99,20 @@ def column(records: Records, name: str) -> np.ndarray:
 
 
 def kind_of(layer: str) -> str:
-    """Kind of a layer, by the last part of its name: ``model.layers.0.self_attn.q_proj`` is a ``q``."""
-    return layer.rpartition(".")[2].removesuffix("_proj")
+    """Kind of a layer, by the last part of its name: ``model.layers.0.self_attn.q_proj`` is a ``q``.
+
+    GPT-2 calls two kinds ``c_proj``: of ``attn`` and of ``mlp``.
+    """
+    *_, above, last = ["", *layer.split(".")]
+    return f"{above}.{last}" if last == "c_proj" else last.removesuffix("_proj")
+
+
+_ATTENTION = ("out", "query", "key", "value", "attn", "c_attn")
 
 
 def kind_colours(kinds: Sequence[str]) -> dict[str, str]:
     """A colour per kind: cool ones for attention (q, k, v, o ...), warm ones for the rest."""
-    attention = [kind for kind in kinds if len(kind) == 1 or kind.startswith(("out", "query", "key", "value"))]
+    attention = [kind for kind in kinds if len(kind) == 1 or kind.startswith(_ATTENTION)]
     rest = [kind for kind in kinds if kind not in attention]
     colours = {kind: ATTENTION_COLOURS[i % len(ATTENTION_COLOURS)] for i, kind in enumerate(attention)}
     return colours | {kind: MLP_COLOURS[i % len(MLP_COLOURS)] for i, kind in enumerate(rest)}

@@ -30,6 +30,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from llm_cht.sparse.linear import num_outputs
 from llm_cht.topology.percolate import Group, Mlp, QueryKey, Rows, Unit, ValueOutput
 
 
@@ -64,6 +65,8 @@ class Family:
     """key of the attention heads of a stack named `decoder`, where it is another than `num_attention_heads`"""
     cross: str | None = None
     """name of the attention of a decoder over the encoder's outputs"""
+    left_out: str | None = None
+    """name of a module whose layers are named like the family's and are made otherwise; they stay dense"""
 
     @property
     def layers(self) -> frozenset[str]:
@@ -73,6 +76,8 @@ class Family:
 
     def base(self, name: str) -> str | None:
         """What stands before one of the family's projections in a full name; None if it ends with none of them."""
+        if self.left_out in name.split("."):
+            return None
         return next((f".{name}".removesuffix(f".{end}")[1:] for end in self.layers if _ends(name, end)), None)
 
 
@@ -106,6 +111,13 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(
         attention=("self.query", "self.key", "self.value", "output.dense"),
         mlps=((("intermediate.dense",), "output.dense"),),
+    ),
+    "gpt2": Family(
+        attention=("c_attn/query", "c_attn/key", "c_attn/value", "c_proj"),
+        mlps=((("c_fc",), "c_proj"),),
+        fused={"c_attn": Fused(("query", "key", "value"))},
+        activation="activation_function",
+        left_out="crossattention",  # its c_attn makes keys and values alone
     ),
     **dict.fromkeys(("marian", "bart"), _MARIAN),
     "t5": Family(
@@ -192,8 +204,7 @@ def _group(model: nn.Module, family: Family, base: str, names: list[str]) -> Gro
 
 def _cut(model: nn.Module, name: str, blocks: int, shares: list[int]) -> list[Rows]:
     """The parts of a fused layer, each with its share of the rows of every block."""
-    layer: Any = model.get_submodule(name)
-    height = layer.out_features // blocks // sum(shares)
+    height = num_outputs(model.get_submodule(name)) // blocks // sum(shares)
     bounds = [height * sum(shares[:i]) for i in range(len(shares) + 1)]
     return [Rows(name, blocks, *pair) for pair in pairwise(bounds)]
 

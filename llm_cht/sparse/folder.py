@@ -3,8 +3,8 @@
 The folder holds nothing of ours that stock ``transformers`` would have to know: the weights are dense tensors whose
 missing links are 0, and two small files beside them tell a link whose weight happens to be 0 from a missing one:
 
-- ``topology.safetensors``: layer name -> the bit-packed mask (uint8);
-- ``topology.json``: shapes, counts, preset, step and a digest of all masks.
+- ``topology.safetensors``: layer name -> the bit-packed mask (uint8), in the order of the stored weight;
+- ``topology.json``: shapes, counts, preset, step and a digest of all masks; which weights are stored as (in, out).
 
 Rejected: sparse file formats (no stock loader reads them) and masks as buffers of the model (a stock loader would
 complain of unexpected keys).
@@ -12,7 +12,7 @@ complain of unexpected keys).
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +34,18 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Topology:
-    """The links of a model: bool mask (out, in) per layer name, and where they come from."""
+    """The links of a model: a bool mask per layer name, in the order of the stored weight, and where they come from."""
 
     masks: dict[str, Tensor]
     preset: str
     step: int  # optimizer steps done when it was written
+    transposed: frozenset[str] = frozenset()
+    """layers whose weight is stored as (in, out); the others are (out, in)"""
+
+    @property
+    def masks_OI(self) -> dict[str, Tensor]:
+        """The layers as networks: every mask (out, in)."""
+        return {name: mask.mT.contiguous() if name in self.transposed else mask for name, mask in self.masks.items()}
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,21 @@ class LinkCount:
 # ---- topology files ----
 
 
-def write_topology(folder: Path, masks: Mapping[str, Tensor], preset: str, step: int, stem: str = "topology") -> None:
-    """Write ``STEM.safetensors`` and ``STEM.json`` into an existing folder; masks are bool (out, in)."""
-    layers = {}
-    for name, mask_OI in masks.items():
-        links = int(mask_OI.count_nonzero())
-        layers[name] = {"shape": list(mask_OI.shape), "links": links, "sparsity": 1 - links / mask_OI.numel()}
+def write_topology(
+    folder: Path,
+    masks: Mapping[str, Tensor],
+    preset: str,
+    step: int,
+    stem: str = "topology",
+    transposed: Collection[str] = (),
+) -> None:
+    """Write ``STEM.safetensors`` and ``STEM.json`` into an existing folder; for the arguments see ``Topology``."""
+    layers: dict[str, dict[str, Any]] = {}
+    for name, mask in masks.items():
+        links = int(mask.count_nonzero())
+        layers[name] = {"shape": list(mask.shape), "links": links, "sparsity": 1 - links / mask.numel()}
+        if name in transposed:
+            layers[name]["transposed"] = True
     about = {"format": FORMAT, "preset": preset, "step": step, "digest": bits.digest(masks), "layers": layers}
     packed = masks if isinstance(masks, bits.PackedMasks) else bits.PackedMasks.of(masks.items())
     save_file({name: one.cpu() for name, one in packed.packed.items()}, folder / f"{stem}.safetensors")
@@ -66,12 +82,18 @@ def write_topology(folder: Path, masks: Mapping[str, Tensor], preset: str, step:
 
 def read_topology(folder: Path, stem: str = "topology") -> Topology:
     """Read what ``write_topology`` wrote; ``UserError`` if a file is missing, or the two do not belong together."""
-    masks, preset, step = read_packed(folder, stem)
-    return Topology(dict(masks.items()), preset, step)
+    masks, about = _read_checked(folder, stem)
+    transposed = frozenset(name for name, layer in about["layers"].items() if layer.get("transposed", False))
+    return Topology(dict(masks.items()), about["preset"], about["step"], transposed)
 
 
 def read_packed(folder: Path, stem: str = "topology") -> tuple[bits.PackedMasks, str, int]:
     """As ``read_topology``, for models too large to have all their masks unpacked: masks, preset and step."""
+    masks, about = _read_checked(folder, stem)
+    return masks, about["preset"], about["step"]
+
+
+def _read_checked(folder: Path, stem: str) -> tuple[bits.PackedMasks, dict[str, Any]]:
     about, packed = _read_topology_files(folder, stem)
     layers = about["layers"]
     if layers.keys() != packed.keys():
@@ -80,15 +102,15 @@ def read_packed(folder: Path, stem: str = "topology") -> tuple[bits.PackedMasks,
     shapes: dict[str, tuple[int, int]] = {}
     masks = bits.PackedMasks({name: packed[name] for name in layers}, shapes)  # in the order of the model
     for name, layer in layers.items():
-        out_features, in_features = layer["shape"]
-        if packed[name].numel() != (out_features * in_features + 7) // 8:
+        rows, columns = layer["shape"]
+        if packed[name].numel() != bits.packed_size(rows * columns):
             raise _mismatch(folder, stem, f"{packed[name].numel()} bytes of {name!r} are no {layer['shape']} mask")
-        shapes[name] = (out_features, in_features)
+        shapes[name] = (rows, columns)
         if (links := int(masks[name].count_nonzero())) != layer["links"]:
             raise _mismatch(folder, stem, f"{name!r} has {links} links, the JSON file says {layer['links']}")
     if bits.digest(masks) != about["digest"]:
         raise _mismatch(folder, stem, "the digest of the masks is not the one in the JSON file")
-    return masks, about["preset"], about["step"]
+    return masks, about
 
 
 def _read_topology_files(folder: Path, stem: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -119,6 +141,7 @@ def _well_formed(about: Any) -> bool:
         isinstance(layer, dict)
         and isinstance(layer.get("links"), int)
         and [type(size) for size in layer.get("shape", ())] == [int, int]
+        and isinstance(layer.get("transposed", False), bool)
         for layer in about["layers"].values()
     )
 
@@ -144,23 +167,27 @@ def save_model_folder(
     """Write a folder that stock ``transformers`` loads: config, generation config, weights, tokenizer, topology.
 
     ``state`` holds the whole weights by name: ``model.state_dict()``, or what a checkpoint of many ranks has; of
-    ``model`` only class and configs are used. The masks of ``topology`` are empty for a dense model. Converted copies
-    of the weights go into a stock model of the same class, which also proves that they fit it. A folder that is already
-    there is replaced if it holds a model of ours. Raises ``UserError`` if it holds anything else, or cannot be written.
+    ``model`` only class and configs are used, which also say what is ``transposed`` (in ``topology`` it may lack). The
+    masks of ``topology`` are empty for a dense model. Converted copies of the weights go into a stock model of the same
+    class, which also proves that they fit it. A folder that is already there is replaced if it holds a model of ours.
+    Raises ``UserError`` if it holds anything else, or cannot be written.
     """
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not empty and not (folder / "topology.json").exists():
         raise UserError(f"{folder} holds files that llm-cht did not write: give another folder, or empty this one")
+    from llm_cht.sparse.linear import transposed_layers  # late: it loads transformers
+
     dense = _stock_copy(model, state, dtype)
-    for name, mask_OI in topology.masks.items():
-        weight_OI = dense.get_parameter(f"{name}.weight").detach()
-        off = int(weight_OI.masked_fill(mask_OI.to(weight_OI.device), 0).count_nonzero())
+    for name, mask in topology.masks.items():
+        weight = dense.get_parameter(f"{name}.weight").detach()
+        off = int(weight.masked_fill(mask.to(weight.device), 0).count_nonzero())
         assert off == 0, f"{off} weights of {name} are not 0 off the mask"
     needed = sum(tensor.nbytes for tensor in dense.state_dict().values())
     with disk_errors(folder, needed, "What was in that folder before is untouched."), new_folder(folder) as fresh:
         dense.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        write_topology(fresh, topology.masks, topology.preset, topology.step)
+        transposed = transposed_layers(dense)
+        write_topology(fresh, topology.masks, topology.preset, topology.step, transposed=transposed)
 
 
 def _stock_copy(model: "PreTrainedModel", state: Mapping[str, Tensor], dtype: torch.dtype) -> "PreTrainedModel":
@@ -194,16 +221,16 @@ def verify_folder(folder: Path) -> dict[str, LinkCount]:
     return counts
 
 
-def _count_links(folder: Path, name: str, weight_OI: Tensor, mask_OI: Tensor) -> LinkCount:
-    if weight_OI.shape != mask_OI.shape:
+def _count_links(folder: Path, name: str, weight: Tensor, mask: Tensor) -> LinkCount:
+    if weight.shape != mask.shape:
         raise UserError(
-            f"{folder}: the weight of {name!r} is {list(weight_OI.shape)}, its mask {list(mask_OI.shape)}; "
+            f"{folder}: the weight of {name!r} is {list(weight.shape)}, its mask {list(mask.shape)}; "
             "the weights and topology.* are of two models: copy the folder again or export the model again"
         )
-    nonzero_OI = weight_OI != 0
-    if off := int((nonzero_OI & ~mask_OI).count_nonzero()):
+    nonzero = weight != 0
+    if off := int((nonzero & ~mask).count_nonzero()):
         raise UserError(
             f"{folder}: {off} weights of {name!r} are not 0 where topology.safetensors has no link; "
             "the weights were changed after the export: export the model again"
         )
-    return LinkCount(links=int(mask_OI.count_nonzero()), nonzero=int((nonzero_OI & mask_OI).count_nonzero()))
+    return LinkCount(links=int(mask.count_nonzero()), nonzero=int((nonzero & mask).count_nonzero()))

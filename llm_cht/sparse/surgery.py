@@ -11,13 +11,14 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llm_cht.errors import UserError
 from llm_cht.sparse.families import FAMILIES, Family, block_linears, groups_of, is_linear
-from llm_cht.sparse.linear import SparseLinear
+from llm_cht.sparse.linear import SparseLayer, sparse_layer
 from llm_cht.topology.percolate import Group
 
 
@@ -37,16 +38,24 @@ class SparseModel:
     """A model after surgery."""
 
     model: nn.Module
-    layers: dict[str, SparseLinear]
+    layers: dict[str, SparseLayer]
     """by full name, in the order of the model"""
     groups: tuple[Group, ...]
     """layers that are evolved together"""
     dense: tuple[str, ...]
     """names of the linear layers that were left as they are"""
 
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Layers whose weight and mask are stored as (in, out)."""
+        return frozenset(name for name, layer in self.layers.items() if layer.transposed)
+
     def report(self) -> str:
         """What was swapped, for a person."""
-        kinds = Counter(f"{name.rpartition('.')[2]} {tuple(layer.weight.shape)}" for name, layer in self.layers.items())
+        kinds = Counter(
+            f"{name.rpartition('.')[2]} {(layer.out_features, layer.in_features)}"
+            for name, layer in self.layers.items()
+        )
         swapped = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
         positions = sum(layer.weight.numel() for layer in self.layers.values())
         units = sum(len(group.units) for group in self.groups)
@@ -57,13 +66,13 @@ class SparseModel:
 
 
 def sparsify(model: nn.Module, settings: SparseSettings) -> SparseModel:
-    """Swap the chosen linear layers of ``model`` in place for ``SparseLinear``.
+    """Swap the chosen linear layers of ``model`` in place for ``SparseLinear`` or, GPT-2's, ``SparseConv1D``.
 
     A model whose family has no row is swapped by a plain rule, with a warning that nothing percolates.
 
     Raises:
-        UserError: nothing matches, an exclusion matches nothing, a chosen layer is no plain ``nn.Linear``, is already
-            sparse, or its weight is shared with another module. The model is then untouched.
+        UserError: nothing matches, an exclusion matches nothing, a chosen layer is no plain ``nn.Linear`` or
+            ``Conv1D``, is already sparse, or its weight is shared with another module. The model is then untouched.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     family = FAMILIES.get(model_type)
@@ -83,7 +92,7 @@ def sparsify(model: nn.Module, settings: SparseSettings) -> SparseModel:
             stacklevel=2,
         )
     groups = groups_of(model, family, names)
-    layers = {name: SparseLinear.from_linear(linears[name]) for name in names}
+    layers = {name: sparse_layer(linears[name]) for name in names}
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
@@ -129,19 +138,14 @@ def _check_patterns(
         raise UserError(f"`sparse.exclude` {settings.exclude} leaves none of the {len(chosen)} chosen layers")
 
 
-def _check_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+def _check_layers(model: nn.Module, layers: dict[str, Any]) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
-        if isinstance(layer, SparseLinear):
+        if isinstance(layer, SparseLayer):
             raise UserError(f"layer `{name}` is sparse already; sparsify a model once")
-        if isinstance(layer, Conv1D):
-            raise UserError(
-                f"layer `{name}` is a Conv1D, which stores its weight as (in, out), and topologies are (out, in); take "
-                "a model of nn.Linear layers (OPT instead of GPT-2), or leave the layer out with `sparse.exclude`"
-            )
-        if type(layer) is not nn.Linear or not layer.weight.is_floating_point():
+        if type(layer) not in (nn.Linear, Conv1D) or not layer.weight.is_floating_point():
             raise UserError(
                 f"layer `{name}` is {type(layer).__name__} with {layer.weight.dtype} weights, not a plain nn.Linear; "
                 "load the model unquantised, or leave the layer out with `sparse.exclude`"

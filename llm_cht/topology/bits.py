@@ -6,7 +6,7 @@ Eight links a byte, the first in the lowest bit, rows one after the other; the l
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 class PackedMasks(Mapping[str, Tensor]):
-    """Masks by layer name, bool (out, in), in an eighth of their memory: unpacked one by one, whenever asked for."""
+    """Masks by layer name, bool matrices, in an eighth of their memory: unpacked one by one, whenever asked for."""
 
     def __init__(self, packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> None:
         self.packed = packed
@@ -49,9 +49,17 @@ class PackedMasks(Mapping[str, Tensor]):
         """Pack ``masks`` as they come."""
         packed: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, int]] = {}
-        for name, mask_OI in masks:
-            packed[name], shapes[name] = pack(mask_OI), (mask_OI.shape[0], mask_OI.shape[1])
+        for name, mask in masks:
+            packed[name], shapes[name] = pack(mask), (mask.shape[0], mask.shape[1])
         return cls(packed, shapes)
+
+    def transposed(self, names: Collection[str]) -> "PackedMasks":
+        """The same masks, in the same order, those of the layers ``names`` transposed."""
+        turned = PackedMasks.of((name, self[name].T) for name in self if name in names)
+        return PackedMasks(
+            {name: turned.packed.get(name, packed) for name, packed in self.packed.items()},
+            {**self.shapes, **turned.shapes},
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         return unpack(self.packed[name], self.shapes[name])

@@ -158,7 +158,7 @@ def _start_record(model: Any, sparse: SparseModel | None, lonely: dict[str, int]
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sparse_parameters": sum(layer.mask.numel() for layer in layers.values()),
         "layers": {
-            name: {"shape": list(layer.mask.shape), "sparsity": 1 - layer.mask.float().mean().item()}
+            name: {"shape": [layer.out_features, layer.in_features], "sparsity": 1 - layer.mask.float().mean().item()}
             for name, layer in layers.items()
         },
         "unlinked": lonely,

@@ -85,10 +85,10 @@ class Loop:
         """Write down where a fresh run starts."""
         with dist.together():
             if self.built.updater and dist.is_main():
-                masks = self.built.updater.masks
+                masks, transposed = self.built.updater.masks, self.built.updater.sparse.transposed
                 needed = sum(mask.numel() for mask in masks.values()) // 8
                 with disk_errors(self.run / "topology_start.safetensors", needed, _NOTHING_YET):
-                    write_topology(self.run, masks, self.settings.method.preset, 0, stem="topology_start")
+                    write_topology(self.run, masks, self.settings.method.preset, 0, "topology_start", transposed)
         self._record("start", self.built.start_record)
         with dist.together():
             if dist.is_main():

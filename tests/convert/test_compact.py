@@ -27,15 +27,16 @@ def kill(sparse, seed):
     """A third of all neurons, and half of the heads of every attention, not the same in all."""
     generator = torch.Generator().manual_seed(seed)
     for place, group in enumerate(sparse.groups):
-        masks = group.split({name: sparse.layers[name].mask for name in group.layers})
+        whole = {name: sparse.layers[name].as_OI(sparse.layers[name].mask) for name in group.layers}
+        masks = group.split(whole)
         for unit in group.units:
             if isinstance(unit, Mlp):
                 masks[unit.out][:, torch.rand(masks[unit.out].shape[1], generator=generator) < 0.35] = False
             if isinstance(unit, ValueOutput) and unit.num_kv_heads > 1:
                 columns = masks[unit.out].view(len(masks[unit.out]), unit.num_kv_heads, -1)
                 columns[:, place % 2 :: 2] = False  # of a single head of keys and values none
-        for name, mask in group.join(masks, {name: sparse.layers[name].mask for name in group.layers}).items():
-            sparse.layers[name].set_mask(mask)
+        for name, mask in group.join(masks, whole).items():
+            sparse.layers[name].set_mask(sparse.layers[name].as_stored(mask))
 
 
 def folder_of(model, folder):

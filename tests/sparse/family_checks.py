@@ -35,12 +35,12 @@ def percolated(sparse: SparseModel, has_bias: frozenset[str], dead_heads: bool) 
     removed = {}
     for group in sparse.groups:
         units = with_dead_heads(group.units) if dead_heads else group.units
-        masks = {name: sparse.layers[name].mask for name in group.layers}
+        masks = {name: sparse.layers[name].as_OI(sparse.layers[name].mask) for name in group.layers}
         new, active, total = percolate(replace(group, units=units), masks, has_bias)
         assert 0 <= active <= total
         for name, mask in new.items():
             removed[name] = int((masks[name] & ~mask).sum())
-            sparse.layers[name].set_mask(mask)
+            sparse.layers[name].set_mask(sparse.layers[name].as_stored(mask))
     return removed
 
 

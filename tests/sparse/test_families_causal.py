@@ -15,7 +15,7 @@ from llm_cht.evolve.start import draw_start
 from llm_cht.evolve.updater import TopologyUpdater
 from llm_cht.sparse.families import FAMILIES
 from llm_cht.sparse.folder import Topology, save_model_folder
-from llm_cht.sparse.linear import SparseLinear
+from llm_cht.sparse.linear import SparseLayer
 from llm_cht.sparse.surgery import SparseSettings, sparsify
 from llm_cht.topology.method import resolve
 from llm_cht.topology.percolate import Mlp, QueryKey, Rows, ValueOutput
@@ -33,6 +33,9 @@ WIDE = GROUPED | {"head_dim": 6}  # heads * head_dim is not hidden_size
 BIASES = {"attention_bias": True, "mlp_bias": True}
 ROPE = {"rope_type": "default", "rope_theta": 100.0}
 OPT = {key: value for key, value in SIZES.items() if key != "intermediate_size"} | {"ffn_dim": 20}
+
+GPT2 = {"vocab_size": WORDS, "bos_token_id": 1, "eos_token_id": 1, "n_embd": 32, "n_layer": LAYERS, "n_head": 4}
+GPT2 |= {"n_positions": 32} | dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
 
 CONFIGS = {
     "llama": ("llama", SIZES),
@@ -62,6 +65,11 @@ CONFIGS = {
     ),
     "opt": ("opt", OPT | {"word_embed_proj_dim": 32}),
     "opt projected": ("opt", OPT | {"word_embed_proj_dim": 8, "do_layer_norm_before": False}),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2 relu": (
+        "gpt2",
+        GPT2 | {"n_inner": 20, "activation_function": "relu", "scale_attn_by_inverse_layer_idx": True},
+    ),
     "bert": ("bert", SIZES),
 }
 CAUSAL = [name for name in CONFIGS if name != "bert"]
@@ -77,6 +85,7 @@ SWAPPED = {
         {"attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
     ),
     "opt": ("model.decoder.layers", {f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")} | {"fc1", "fc2"}),
+    "gpt2": ("transformer.h", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
     "bert": (
         "bert.encoder.layer",
         {f"attention.self.{x}" for x in ("query", "key", "value")}
@@ -137,7 +146,7 @@ def test_just_the_projections_of_the_blocks_are_swapped(name):
     blocks, ends = SWAPPED.get(CONFIGS[name][0], SWAPPED["llama"])
     assert set(sparse.layers) == {f"{blocks}.{i}.{end}" for i in range(LAYERS) for end in ends}
     assert sparse.dense == DENSE.get(name, ("lm_head",))
-    assert {n for n, module in model.named_modules() if isinstance(module, SparseLinear)} == set(sparse.layers)
+    assert {n for n, module in model.named_modules() if isinstance(module, SparseLayer)} == set(sparse.layers)
     assert (outputs(model) - before).abs().max() <= 1e-10
     assert list(model.state_dict()) == state
     assert len(sparse.groups) == 2 * LAYERS  # an attention and an MLP each
@@ -145,7 +154,7 @@ def test_just_the_projections_of_the_blocks_are_swapped(name):
     assert len(units_of(sparse, QueryKey)) == (0 if name in NORMALISED else LAYERS)
     assert all(unit.rotary_dim == PARTIAL.get(name) for unit in units_of(sparse, QueryKey))
     paired = {unit.pairing for unit in units_of(sparse, QueryKey)}
-    assert paired <= {"position" if CONFIGS[name][0] in ("opt", "bert") else "rotary"}
+    assert paired <= {"position" if CONFIGS[name][0] in ("opt", "gpt2", "bert") else "rotary"}
 
 
 def test_a_bert_has_groups_that_lie_in_several_modules():
@@ -170,6 +179,28 @@ def test_parts_of_fused_layers_are_rows_as_the_models_split_them():
     cuts = {"query": (0, 8), "key": (8, 16), "value": (16, 24)}
     assert attention.parts == {f"{fused}/{part}": Rows(fused, 4, *rows) for part, rows in cuts.items()}
     assert attention.heads == {fused: 12}
+
+
+def test_parts_of_a_conv1d_are_rows_of_the_network_not_of_the_stored_weight():
+    sparse = sparsify(built("gpt2"), SparseSettings())
+    attention, mlp = sparse.groups[:2]
+    block = "transformer.h.0"
+    fused, out = f"{block}.attn.c_attn", f"{block}.attn.c_proj"
+    query, key, value = (f"{fused}/{part}" for part in ("query", "key", "value"))
+    assert attention.parts == {part: Rows(fused, 1, 32 * i, 32 * i + 32) for i, part in enumerate((query, key, value))}
+    assert attention.units == (QueryKey(query, key, 4, 4, "position"), ValueOutput(value, out, 4, 4))
+    assert attention.heads == {fused: 12}
+    assert mlp.units == (Mlp((f"{block}.mlp.c_fc",), f"{block}.mlp.c_proj"),)
+    assert sparse.layers[fused].mask.shape == sparse.layers[fused].weight.shape == (32, 96)
+    assert "2 x c_attn (96, 32)" in sparse.report()
+
+
+def test_the_cross_attention_of_a_gpt2_stays_dense():
+    sparse = sparsify(AutoModelForCausalLM.from_config(configured("gpt2", add_cross_attention=True)), SparseSettings())
+    crossing = {
+        f"transformer.h.{i}.crossattention.{end}" for i in range(LAYERS) for end in ("c_attn", "q_attn", "c_proj")
+    }
+    assert set(sparse.dense) == crossing | {"lm_head"}
 
 
 def test_an_odd_number_of_rotary_rows_is_one_more_as_the_models_have_it():
@@ -307,6 +338,17 @@ def test_a_model_without_a_row_is_swapped_inside_its_blocks_and_nothing_percolat
     same(tmp_path / "m", model, outputs)
 
 
+def test_a_model_without_a_row_can_be_of_conv1d():
+    config = AutoConfig.for_model("openai-gpt", vocab_size=WORDS, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = model(input_ids=IDS).logits
+    with pytest.warns(UserWarning, match=r"`openai-gpt` has no row"):
+        sparse = sparsify(model, SparseSettings())
+    assert {name.rpartition(".")[2] for name in sparse.layers} == {"c_attn", "c_proj", "c_fc"}
+    assert sparse.transposed == sparse.layers.keys()
+    assert torch.equal(model(input_ids=IDS).logits, before)
+
+
 def test_a_list_of_layers_is_no_list_of_blocks():
     class Block(nn.Module):
         def __init__(self):
@@ -330,17 +372,6 @@ def test_a_model_without_blocks_is_refused():
         sparsify(nn.Sequential(nn.Linear(4, 4)), SparseSettings())
 
 
-@pytest.mark.parametrize("settings", [SparseSettings(), SparseSettings(include=["c_fc"])])
-def test_the_conv1d_of_gpt2_is_refused_by_name(settings):
-    config = AutoConfig.for_model(
-        "gpt2", n_layer=1, n_head=2, n_embd=8, vocab_size=WORDS, bos_token_id=1, eos_token_id=1
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UserError, match=r"`transformer\.h\.0\..*` is a Conv1D, .*\(in, out\).*`sparse\.exclude`"):
-        sparsify(model, settings)
-    assert not any(isinstance(module, SparseLinear) for module in model.modules())
-
-
 # ---- FLOPs ----
 
 
@@ -354,6 +385,6 @@ def test_a_step_counts_what_torch_counts(name):
     angles = sum(sum(kinds.values()) for module, kinds in counts.items() if module.endswith("rotary_emb"))
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # biases and norms, which torch leaves out
-    assert len(tables) == (2 if CONFIGS[name][0] == "opt" else 1)
+    assert len(tables) == (2 if CONFIGS[name][0] in ("opt", "gpt2") else 1)
     per_token = training_flops_per_token(model, IDS.shape[1]) - 6 * vectors
     assert per_token * IDS.numel() == counter.get_total_flops() - angles

@@ -108,6 +108,19 @@ def test_topology_json_tells_shapes_and_counts(tmp_path):
     assert load_file(tmp_path / "topology.safetensors")["a"].tolist() == [1]
 
 
+def test_layers_that_store_their_weight_transposed_are_marked(tmp_path):
+    masks = {"a": torch.tensor([[True, False, False], [False] * 3]), "b": torch.ones(2, 3, dtype=torch.bool)}
+    write_topology(tmp_path, masks, "er", 3, transposed={"a", "dense"})
+    layers = json.loads((tmp_path / "topology.json").read_text())["layers"]
+    assert (layers["a"]["shape"], layers["a"]["transposed"]) == ([2, 3], True)
+    assert "transposed" not in layers["b"]
+    found = read_topology(tmp_path)
+    assert found.transposed == {"a"}
+    assert torch.equal(found.masks["a"], masks["a"])
+    assert torch.equal(found.masks_OI["a"], masks["a"].T)
+    assert torch.equal(found.masks_OI["b"], masks["b"])
+
+
 def change_json(folder, change):
     about = json.loads((folder / "topology.json").read_text())
     change(about)
@@ -131,6 +144,7 @@ FAULTS = {
     "other count": (change_json, lambda about: about["layers"]["a"].update(links=2), "has 1 links, .* says 2"),
     "no digest": (change_json, lambda about: about.pop("digest"), "lacks a field"),
     "layer without shape": (change_json, lambda about: about["layers"].update(a={}), "lacks a field"),
+    "odd mark": (change_json, lambda about: about["layers"]["a"].update(transposed=1), "holds another type"),
     "newer": (change_json, lambda about: about.update(format=2), "has format 2, this version reads 1"),
     "moved link": (change_packed, move_a_link, "digest"),
     "extra layer": (change_packed, lambda packed: packed.update(b=packed["a"].clone()), "different layers, first 'b'"),

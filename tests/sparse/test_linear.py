@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from llm_cht.sparse.linear import SparseLinear
+from llm_cht.sparse.linear import SparseConv1D, SparseLinear
 
 
 def pair(bias: bool, density: float = 0.3) -> tuple[nn.Linear, SparseLinear]:
@@ -110,3 +111,82 @@ def test_a_capture_sums_the_gradient_of_the_dense_weight(passes):
     torch.testing.assert_close(sparse.captured, dense.weight.grad, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(sparse.weight.grad, dense.weight.grad * sparse.mask, rtol=1e-6, atol=1e-6)
     assert (sparse.weight.grad[~sparse.mask] == 0).all()
+
+
+# ---- weights stored as (in, out) ----
+
+
+def conv_pair(density: float = 0.3) -> tuple[Conv1D, SparseConv1D]:
+    """A dense Conv1D with masked weights, and the sparse layer of the same weights."""
+    torch.manual_seed(0)
+    dense, other = Conv1D(7, 12), Conv1D(7, 12)
+    mask = torch.rand(12, 7) < density
+    with torch.no_grad():
+        dense.weight.normal_()
+        dense.bias.normal_()
+        other.load_state_dict(dense.state_dict())
+        dense.weight.mul_(mask)
+    sparse = SparseConv1D.from_conv(other)
+    assert sparse.weight is other.weight
+    assert sparse.bias is other.bias
+    sparse.set_mask(mask)
+    return dense, sparse
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (2, 5, 12), (2, 3, 5, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_conv1d_gives_the_outputs_and_gradients_of_the_dense_one_on_existing_links(shape, dtype):
+    dense, sparse = conv_pair()
+    x1 = torch.randn(shape, requires_grad=True)
+    x2 = x1.detach().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y1, y2 = dense(x1), sparse(x2)
+    assert y2.dtype == dtype
+    assert torch.equal(y1, y2)
+    y1.float().square().sum().backward()
+    y2.float().square().sum().backward()
+    assert torch.equal(x1.grad, x2.grad)
+    assert torch.equal(dense.bias.grad, sparse.bias.grad)
+    assert sparse.weight.grad.dtype == torch.float32
+    assert torch.equal(dense.weight.grad * sparse.mask, sparse.weight.grad)
+    assert dense.weight.grad[~sparse.mask].any()
+
+
+def test_gradcheck_of_a_conv1d_in_float64():
+    layer = SparseConv1D.from_conv(Conv1D(3, 4).double())
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: layer(t), (x,))
+
+
+def test_a_conv1d_has_the_gradients_and_the_capture_of_the_linear_layer_of_the_transposed_weight():
+    _, conv = conv_pair()
+    linear = SparseLinear.from_linear(nn.Linear(12, 7))
+    with torch.no_grad():
+        linear.weight.copy_(conv.as_OI(conv.weight))
+        linear.bias.copy_(conv.bias)
+    linear.set_mask(conv.as_OI(conv.mask))
+    for layer in (linear, conv):
+        layer.captured = torch.zeros_like(layer.weight)
+    x = torch.randn(2, 5, 12)
+    for layer in (linear, conv):
+        for _ in range(2):
+            layer(x).square().sum().backward()
+    torch.testing.assert_close(conv.as_OI(conv.weight.grad), linear.weight.grad)
+    torch.testing.assert_close(conv.as_OI(conv.captured), linear.captured)
+    assert linear.captured[~linear.mask].any()
+
+
+def test_a_conv1d_turns_matrices_into_networks_and_back():
+    _, conv = conv_pair()
+    linear = SparseLinear.from_linear(nn.Linear(2, 3))
+    network = conv.as_OI(conv.mask)
+    assert network.shape == (conv.out_features, conv.in_features) == (7, 12)
+    assert all(network[o, i] == conv.mask[i, o] for o in range(7) for i in range(12))
+    assert torch.equal(conv.as_stored(network), conv.mask)
+    places = conv.mask.view(-1).nonzero().squeeze(1)
+    assert set(conv.index_OI(places).tolist()) == set(network.view(-1).nonzero().squeeze(1).tolist())
+    assert torch.equal(network.view(-1)[conv.index_OI(torch.arange(84))], conv.mask.view(-1))
+    assert linear.index_OI(places) is places
+    assert linear.as_OI(linear.mask) is linear.mask is linear.as_stored(linear.mask)
+    assert repr(conv) == "SparseConv1D(nf=7, nx=12)"
+    assert list(conv.state_dict()) == ["weight", "bias"]

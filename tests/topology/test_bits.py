@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_cht.topology.bits import decode, digest, encode, fingerprint, pack, packed_size, unpack
+from llm_cht.topology.bits import PackedMasks, decode, digest, encode, fingerprint, pack, packed_size, unpack
 
 
 @settings(deadline=None, max_examples=40)
@@ -75,3 +75,15 @@ def test_a_fingerprint_sees_a_flipped_bit_and_a_swap():
     seen.add(fingerprint(mask.flip(0)))
     assert len(seen) == len(range(0, 1200, 7)) + 2
     assert fingerprint(mask.clone()) == fingerprint(mask)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3), st.integers(0, 2**32 - 1))
+def test_packed_masks_are_transposed_by_name(shapes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    masks = {f"layer.{i}": torch.rand(shape, generator=generator) < 0.5 for i, shape in enumerate(shapes)}
+    turned = PackedMasks.of(masks.items()).transposed({"layer.0", "layer.9"})
+    assert list(turned) == list(masks)
+    assert torch.equal(turned["layer.0"], masks["layer.0"].T)
+    assert all(torch.equal(turned[name], masks[name]) for name in masks if name != "layer.0")
+    assert turned.shapes["layer.0"] == tuple(reversed(shapes[0]))
