@@ -25,7 +25,7 @@ class Run:
 
     folder: Path
     settings: Settings
-    """by dotted name"""
+    """by dotted name; a table of a method (``method.regrowth_from``) is one value"""
     summary: dict[str, Any]
     figures: dict[str, float] = field(default_factory=dict)
     """of evaluations, by metric"""
@@ -103,8 +103,10 @@ def read_run(folder: Path) -> Run | None:
         return None
     ends = [record for record in read_metrics(folder / FILE_NAME) if record["kind"] == "end"]
     values = config.load_yaml(folder / CONFIG_NAME)
-    method = values.get("method")
-    settings = config.flat(values) | ({f"method.{key}": value for key, value in method.items()} if method else {})
+    method = values.pop("method", None)
+    settings = config.flat(values)
+    if isinstance(method, dict):
+        settings |= {f"method.{key}": value for key, value in method.items()}
     for key in ("method.preset", "method.sparsity", "seed"):
         if key not in settings:
             raise UserError(f"{folder / CONFIG_NAME} lacks `{key}`: it is not the one that a run writes; restore that")

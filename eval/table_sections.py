@@ -18,7 +18,8 @@ from functools import partial
 from typing import Any
 
 from eval.table_collect import DENSE, Run, Settings, percent
-from llm_cht.errors import UserError, nearest
+from llm_cht import config
+from llm_cht.errors import UserError
 from llm_cht.sweep.settings import text
 from llm_cht.sweep.table import mean_and_error
 from llm_cht.topology.presets import PRESETS, preset
@@ -45,7 +46,13 @@ class Row:
     @property
     def name(self) -> str:
         """As the table shows it."""
-        return ", ".join([self.preset, *(f"{key} {text(value)}" for key, value in self.label.items())])
+        label = ", ".join(f"{key} {text(value)}" for key, value in self.label.items())
+        return f"{self.preset} ({label})" if label else self.preset
+
+    def at(self, *sparsities: float) -> str:
+        """Its name and sparsities, of which a dense model has none."""
+        at = "" if self.preset == DENSE or not sparsities else f" at {', '.join(map(percent, sparsities))}"
+        return self.name + at
 
 
 @dataclass
@@ -74,11 +81,9 @@ def sections_of(runs: Sequence[Run], ignored: Collection[str], best: Sequence[st
     Raises:
         UserError: two runs would be one and the same repetition, or ``ignored`` or ``best`` names what is no setting.
     """
-    known = {key for run in runs for key in run.settings}
-    for option, keys in (("--ignore", ignored), ("--best", best)):
-        for key in keys:
-            if key not in known:
-                raise UserError(f"{option} {key}: no run has this setting; {nearest(key, known)}")
+    known = dict.fromkeys(_keys(runs), False)
+    config.check_keys(ignored, known, "--ignore")
+    config.check_keys(best, known, "--best")
     of_place: dict[tuple[str, ...], list[Run]] = {}
     about = [key for key in _keys(runs) if _is_place(key) and key not in ignored]
     for run in runs:
@@ -148,7 +153,7 @@ def _section(runs: list[Run], ignored: Collection[str], best: Sequence[str]) -> 
         rows, told = _choose(rows, key, task)
         notes += told
     section = Section(_title(runs[0]), task, rows, notes)
-    notes += _differences(section, keys)
+    notes += _differences(section, [key for key in keys if key not in best])
     return section
 
 
@@ -181,7 +186,7 @@ def _check_seeds(row: Row) -> None:
             seed = run.settings["seed"]
             if (other := of_seed.setdefault(seed, run)) is not run:
                 raise UserError(
-                    f"{other.folder} and {run.folder} are both {row.name} at {percent(sparsity)} with seed {seed}: "
+                    f"{other.folder} and {run.folder} are both {row.at(sparsity)} with seed {seed}: "
                     "as repetitions they would count twice; give one of them"
                 )
 
@@ -213,23 +218,19 @@ def _choose(rows: list[Row], key: str, task: str) -> tuple[list[Row], list[str]]
     for row in rows:
         rest = {name: value for name, value in row.label.items() if name != key}
         merged.setdefault(text([row.preset, rest]), []).append(row)
-    chosen, notes = [], []
+    chosen, told = [], []
     for alike in merged.values():
         rest = {name: value for name, value in alike[0].label.items() if name != key}
-        joined = Row(alike[0].preset, rest, {})
-        told = []
+        chosen.append(joined := Row(alike[0].preset, rest, {}))
         for sparsity in sorted({sparsity for row in alike for sparsity in row.cells}):
-            tried = [(row.label.get(key), row.cells[sparsity]) for row in alike if sparsity in row.cells]
+            tried = [(text(row.label.get(key)), row.cells[sparsity]) for row in alike if sparsity in row.cells]
             most = max(len(runs) for _, runs in tried)
             complete = [(value, runs) for value, runs in tried if len(runs) == most]
             value, joined.cells[sparsity] = min(complete, key=lambda pair: _rank(pair[1], metric, higher))
             if len(tried) > 1:
-                told.append(f"{text(value)} at {percent(sparsity)}, of {', '.join(text(one) for one, _ in tried)}")
-        chosen.append(joined)
-        if told:
-            what = f"`{key}` of the best validation {'BLEU' if higher else 'perplexity'}"
-            notes.append(f"{joined.name}: {what}, among those with the most seeds: {'; '.join(told)}.")
-    return chosen, notes
+                told.append(f"{joined.at(sparsity)}: {value} of {', '.join(one for one, _ in tried)}")
+    what = f"of each cell the value with the best validation {'BLEU' if higher else 'perplexity'}"
+    return chosen, [f"`{key}`, {what}, among those with the most seeds: {'; '.join(told)}."] if told else []
 
 
 def _rank(runs: Sequence[Run], metric: str, higher: bool) -> float:
@@ -256,10 +257,10 @@ def _differences(section: Section, keys: Iterable[str]) -> list[str]:
         places = json.loads(rows)
         most = max(places, key=len)
         names = ["the others" if place is most and len(most) > 3 else ", ".join(place) for place in places]
-        told = "; ".join(f"{', '.join(value)} ({name})" for value, name in zip(values, names, strict=True))
+        told = "; ".join(f"{', '.join(value)} in {name}" for value, name in zip(values, names, strict=True))
         notes.append(f"{_quoted(key for key, _ in settings)}: {told}.")
     own = _places(section, lambda run: _own_settings(run, shown) or None)
-    return notes + [f"Not as its preset has it: {', '.join(rows)}, with {settings}." for settings, rows in own.items()]
+    return notes + [f"Not as its preset has it: {', '.join(rows)}: {settings}." for settings, rows in own.items()]
 
 
 def _setting(key: str, run: Run) -> str | None:
@@ -267,8 +268,8 @@ def _setting(key: str, run: Run) -> str | None:
 
 
 def _places(section: Section, value_of: Callable[[Run], str | None]) -> dict[str, list[str]]:
-    """Values -> the rows whose runs have them, with the sparsities where not all of a row agree."""
-    found: dict[str, list[str]] = {}
+    """Values -> the rows whose runs have them: a method if all its rows do, with sparsities where not all agree."""
+    found: dict[str, list[tuple[Row, list[float]]]] = {}
     for row in section.rows:
         here: dict[str, list[float]] = {}
         for sparsity, runs in sorted(row.cells.items()):
@@ -276,9 +277,16 @@ def _places(section: Section, value_of: Callable[[Run], str | None]) -> dict[str
                 if value is not None:
                     here.setdefault(value, []).append(sparsity)
         for value, sparsities in here.items():
-            at = "" if len(here) == 1 else " at " + ", ".join(map(percent, sparsities))
-            found.setdefault(value, []).append(row.name + at)
-    return found
+            found.setdefault(value, []).append((row, [] if len(here) == 1 else sparsities))
+    of_preset = [row.preset for row in section.rows]
+    named: dict[str, list[str]] = {}
+    for value, places in found.items():
+        whole = [row.preset for row, at in places if not at]
+        names = [
+            row.preset if whole.count(row.preset) == of_preset.count(row.preset) else row.at(*at) for row, at in places
+        ]
+        named[value] = list(dict.fromkeys(names))
+    return named
 
 
 def _own_settings(run: Run, shown: Collection[str]) -> str:

@@ -156,7 +156,7 @@ def table_csv(parts: Sequence[Part]) -> str:
 def _run_lines(section: Section, metric: Metric) -> list[list[object]]:
     best, lines = winners(section, metric), []
     for row in section.rows:
-        settings = row.name.removeprefix(row.preset).removeprefix(", ")
+        settings = row.name.removeprefix(row.preset).strip(" ()")
         for sparsity, runs in sorted(row.cells.items()):
             value = value_of(runs, metric.name)
             if value is None:
