@@ -152,7 +152,7 @@ def _settings_table(sweep: Sweep, runs: Sequence[Run], finished: Mapping[str, di
         row += [f"{len(summaries)} of {len(all_runs)}", _with_error(summaries, sweep.metric)]
         row += [_mean(summaries, key) for key in figures]
         rows.append(row)
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def _shown(setting: Setting, factor: str) -> str:
@@ -189,7 +189,7 @@ def _comparison(sweep: Sweep, runs: Sequence[Run], found: Sequence[Block]) -> li
     ]
     if shared:
         notes.append("\\* One run stands in several pairs, so these are not independent, and p is too small.")
-    return [*_markdown(rows), "", *notes]
+    return [*markdown(rows), "", *notes]
 
 
 def _title(factor: str, factors: Sequence[str]) -> str:
@@ -218,6 +218,7 @@ def _number(value: float) -> str:
     return f"{value:.2f}" if 10 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table; the first row is its head."""
     head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return [head, "|" + " --- |" * len(rows[0]), *body]
