@@ -55,7 +55,7 @@ class SparseTraining:
     @property
     def density(self) -> float:
         """Existing links over all positions of the sparse layers, now."""
-        return _density(self.sparse)
+        return self.sparse.density
 
     def updater(self, optimizer: Any, total_steps: int) -> StepUpdater:
         """The updater of a training of ``total_steps`` optimizer steps by ``optimizer`` (Adam, AdamW or SGD).
@@ -71,8 +71,7 @@ class SparseTraining:
 
     def save_topology(self, folder: str | Path, step: int = 0) -> None:
         """Write topology.safetensors and topology.json beside a model saved by ``save_pretrained``."""
-        masks = {name: layer.mask for name, layer in self.sparse.layers.items()}
-        write_topology(Path(folder), masks, self.settings.preset, step, transposed=self.sparse.transposed)
+        write_topology(Path(folder), self.sparse.masks, self.settings.preset, step, transposed=self.sparse.transposed)
 
 
 def sparsify(
@@ -110,12 +109,7 @@ def sparsify(
     sparse = swap_layers(model, layers or SparseSettings())
     check_start(sparse, method)
     start = draw_start(sparse, method, seed, calibrate)
-    return SparseTraining(sparse, settings, seed, start, _density(sparse))
-
-
-def _density(sparse: SparseModel) -> float:
-    masks = [layer.mask for layer in sparse.layers.values()]
-    return sum(int(mask.count_nonzero()) for mask in masks) / sum(mask.numel() for mask in masks)
+    return SparseTraining(sparse, settings, seed, start, sparse.density)
 
 
 def _some_length(settings: MethodSettings) -> int:

@@ -84,7 +84,7 @@ class TopologyUpdater:
     @property
     def masks(self) -> dict[str, Tensor]:
         """The live masks, bool by layer name, each in the order in which its layer stores the weight."""
-        return {name: layer.mask for name, layer in self.sparse.layers.items()}
+        return self.sparse.masks
 
     def due(self, step: int) -> bool:
         """Whether an update follows optimizer step ``step`` (1, 2, ...)."""
@@ -309,8 +309,7 @@ class TopologyUpdater:
 
     def density(self) -> float:
         """Existing links over all positions of the sparse layers, now."""
-        links = sum(int(layer.mask.count_nonzero()) for layer in self.sparse.layers.values())
-        return links / sum(layer.mask.numel() for layer in self.sparse.layers.values())
+        return self.sparse.density
 
     def active(self) -> tuple[int, int]:
         """Active and all neurons of the percolation units, over all groups; trial percolations shared out."""

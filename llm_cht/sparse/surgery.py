@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llm_cht.errors import UserError
@@ -44,6 +44,17 @@ class SparseModel:
     """layers that are evolved together"""
     dense: tuple[str, ...]
     """names of the linear layers that were left as they are"""
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Of every layer, as it is stored."""
+        return {name: layer.mask for name, layer in self.layers.items()}
+
+    @property
+    def density(self) -> float:
+        """Existing links over all positions, now."""
+        masks = self.masks.values()
+        return sum(int(mask.count_nonzero()) for mask in masks) / sum(mask.numel() for mask in masks)
 
     @property
     def transposed(self) -> frozenset[str]:

@@ -140,7 +140,12 @@ def test_each_tensor_keeps_its_type_in_a_mixture(tmp_path):
     mixed = {name: tensor.to(kinds[i % 3]) for i, (name, tensor) in enumerate(tensors.items())}
     mixed["odd"] = torch.arange(3, dtype=torch.uint8)  # three bytes: what follows must be aligned all the same
     save_file(mixed, dense / "model.safetensors", {"format": "pt"})
-    folder = converted(dense, tmp_path / "sparse", sparsity=0.5, budget="global")
+    folder, said = tmp_path / "sparse", []
+    convert(Request(str(dense), folder, sparsity=0.5, budget="global"), said.append)
+    assert said == [
+        "note: the tensors have several types (7 of F32, 7 of BF16, 7 of F16), which they keep; `--dtype` "
+        "makes them one"
+    ]
     same_but_for(folder, dense, read_topology(folder).masks)
     raw = (folder / "model.safetensors").read_bytes()
     start = int.from_bytes(raw[:8], "little")
