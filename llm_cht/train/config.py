@@ -156,10 +156,11 @@ def on_checkpoint(settings: RunSettings) -> RunSettings:
         UserError: a folder without tokenizer: others' tokens would mean nothing to its weights.
     """
     path, method, data = settings.model.path, settings.method, settings.data
+    needs_tokenizer = settings.task == "language_modelling" and data.tokenizer is None
     if path is None:
-        return settings
+        return replace(settings, data=replace(data, tokenizer="bpe")) if needs_tokenizer else settings
     folder = Path(path).expanduser()
-    if settings.task == "language_modelling" and data.tokenizer is None:
+    if needs_tokenizer:
         if (folder / "config.json").is_file() and not has_tokenizer(folder):
             raise UserError(
                 f"`model.path` = {path!r}: no tokenizer there, and other tokens mean nothing to its weights; name its "
