@@ -5,11 +5,12 @@
 
 The same updater as everywhere; the Trainer's own engine (one process, DDP, DeepSpeed's ZeRO 1 to 3) stays as it set it
 up. An update follows the optimizer step of its iteration. The learning rate is the Trainer's schedule times the
-re-warm-up after an update; it is scaled before a step and put back after it, so that no scheduler notices. Each of the
-Trainer's checkpoints gets the topology: ``topology_state*`` to resume from, of every rank, and ``topology.*`` as in all
-model folders. A resume must go on with the same resolved method, for the Trainer itself compares nothing; the length
-may be another where the schedule does not hang on it. Rejected: a Trainer of our own (nobody could combine it with
-another), and masks as persistent buffers (a stock model would not load the checkpoint).
+re-warm-up after an update; it is scaled before a step and put back before the scheduler goes on, which may reckon from
+it (DeepSpeed's engine steps the scheduler itself: there it must be one that does not, as the Trainer's own). Each of
+the Trainer's checkpoints gets the topology: ``topology_state*`` to resume from, of every rank, and ``topology.*`` as in
+all model folders. A resume must go on with the same resolved method, for the Trainer itself compares nothing; the
+length may be another where the schedule does not hang on it. Rejected: a Trainer of our own (nobody could combine it
+with another), and masks as persistent buffers (a stock model would not load the checkpoint).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch.distributed
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from llm_cht import dist
@@ -69,6 +71,7 @@ class TopologyCallback(TrainerCallback):
         self.figures: list[dict[str, Any]] = []
         """of every topology update of this process, each with its ``step``"""
         self._rates: list[float] = []  # of the step under way, before they were scaled
+        self._turn: Any = None  # of the scheduler, at the beginning of that step
         self._logged = 0  # figures that are in the Trainer's logs
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -79,10 +82,12 @@ class TopologyCallback(TrainerCallback):
             dist.open_control(args.ddp_timeout)
         self.updater = self.topology.updater(kwargs["optimizer"], state.max_steps)
         _check_optimized(self.updater)
+        if self.rewarm_steps:
+            _check_scheduler(self.updater, _inner(kwargs.get("lr_scheduler")))
         if state.global_step:
             folder = Path(self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}")
             with dist.together():
-                check_same(self.updater, state.max_steps, folder)
+                check_same(self._method(), state.max_steps, folder)
                 load_state(self.updater, folder)
         else:
             _check_start(self.updater, self.topology)
@@ -96,17 +101,23 @@ class TopologyCallback(TrainerCallback):
         updater.watch(state.global_step + 1)
         groups = kwargs["optimizer"].param_groups
         self._rates = [group["lr"] for group in groups]
+        self._turn = getattr(_inner(kwargs.get("lr_scheduler")), "last_epoch", None)
         since = None if updater.last_update is None else state.global_step + 1 - updater.last_update
         if since is not None and since < self.rewarm_steps:
             for group in groups:
                 group["lr"] *= since / self.rewarm_steps
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the optimizer step, and after the scheduler set the next learning rate (where there is a scheduler)."""
-        groups, scheduler = kwargs["optimizer"].param_groups, kwargs.get("lr_scheduler")
-        rates = scheduler.get_last_lr() if scheduler is not None else self._rates
-        for group, rate in zip(groups, rates, strict=True):
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the optimizer step, and before the scheduler's, unless the engine has made that one already."""
+        scheduler = _inner(kwargs.get("lr_scheduler"))
+        done = getattr(scheduler, "last_epoch", None) != self._turn
+        for group, rate in zip(
+            kwargs["optimizer"].param_groups, scheduler.get_last_lr() if done else self._rates, strict=True
+        ):
             group["lr"] = rate
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After everything else of a step: the topology update, if one is due."""
         sound = not getattr(kwargs["optimizer"], "step_was_skipped", False)
         figures = self._updater.after(state.global_step, sound)
         if figures is not None:
@@ -133,15 +144,26 @@ class TopologyCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         with dist.together():
             run = {"total_steps": state.max_steps, "save_only_model": args.save_only_model}
-            save_state(self._updater, folder, run)
+            save_state(self._updater, folder, run | {"settings": self._method()})
             if dist.is_main():
                 self.topology.save_topology(folder, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """With ``load_best_model_at_end`` the weights are those of an earlier step, and the links go back too."""
+        """With ``load_best_model_at_end`` the weights are those of an earlier step, and the links go back too.
+
+        The moments are those of the last step: off the links that came back they would move weights in a second
+        ``train()``, and begin anew.
+        """
         if args.load_best_model_at_end and state.best_model_checkpoint:
             with dist.together():
                 load_state(self._updater, Path(state.best_model_checkpoint))
+            for layer in self.topology.sparse.layers.values():
+                none = torch.zeros(0, dtype=torch.int64, device=layer.mask.device)
+                self._updater.shards.write(layer.weight, ~layer.mask.view(-1), none, none.float())
+
+    def _method(self) -> dict[str, Any]:
+        """What a resume must have in common with the training that it goes on with."""
+        return _schedule(self._updater) | {"rewarm_steps": self.rewarm_steps}
 
     @property
     def _updater(self) -> StepUpdater:
@@ -160,18 +182,18 @@ torch.serialization.register_package(100, lambda storage: None, _stay_on_cpu)
 def save_state(updater: StepUpdater, folder: Path, run: Mapping[str, Any]) -> None:
     """Write what this rank holds of the topology's state into a checkpoint; the values last, so that they tell all.
 
-    ``run``: what a resume must know of the training beside its method, ``total_steps`` and ``save_only_model``.
+    ``run``: what a resume must know of the training: ``settings``, ``total_steps`` and ``save_only_model``.
     """
     tensors, values = updater.state_dict()
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(kept, folder / f"{_STATE}-rank-{dist.rank():05d}.safetensors")
     if dist.is_main():
-        about = values | {"world_size": dist.world_size(), "settings": _schedule(updater), **run}
+        about = values | {"world_size": dist.world_size(), **run}
         (folder / f"{_STATE}.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
 
 
-def check_same(updater: StepUpdater, total_steps: int, folder: Path) -> None:
-    """Refuse to go on with a checkpoint by another method; one that does not tell its method is taken, with a warning.
+def check_same(now: Mapping[str, Any], total_steps: int, folder: Path) -> None:
+    """Refuse to go on with a checkpoint by another method than ``now``; one that tells none is taken, with a warning.
 
     Raises:
         UserError: a setting that decides about the topology differs, or the checkpoint has the weights alone.
@@ -189,7 +211,7 @@ def check_same(updater: StepUpdater, total_steps: int, folder: Path) -> None:
             stacklevel=2,
         )
         return
-    now, then = _schedule(updater), saved["settings"]
+    then = saved["settings"]
     odd = [key for key in now if key in then and now[key] != then[key]]
     if not odd:
         return
@@ -215,10 +237,15 @@ def load_state(updater: StepUpdater, folder: Path) -> None:
         tensors |= _read(load_file, folder / f"{_STATE}-rank-{rank:05d}.safetensors")
     updater.load_state_dict(tensors, values)
     for name, layer in updater.sparse.layers.items():
-        if layer.weight.numel():  # under ZeRO 3 the weights are elsewhere
-            off = int((layer.weight.detach() != 0).logical_and_(~layer.mask).count_nonzero())
+        own = updater.shards.fragment(layer.weight)  # under ZeRO 3 the weights are nowhere else
+        if own is not None:
+            missing = ~layer.mask.view(-1)[own.start : own.stop]
+            off = int((own.master != 0).logical_and_(missing.to(own.master.device)).count_nonzero())
             if off:
-                raise UserError(f"{folder}: {off} weights of `{name}` lie off its mask; resume from another checkpoint")
+                raise UserError(
+                    f"{folder}: {off} weights of `{name}` lie off its mask; if the Trainer resumes from a checkpoint "
+                    "of another folder, name it: TopologyCallback(topology, resume_from=FOLDER); else take another one"
+                )
 
 
 def _values(folder: Path) -> dict[str, Any]:
@@ -238,12 +265,12 @@ def _read(reader: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any
 
 
 def _schedule(updater: StepUpdater) -> dict[str, Any]:
-    """What decides about the topology, resolved, as JSON gives it back; a length that nothing hangs on is left out."""
+    """What decides about the topology, resolved, as JSON gives it back; of no update at all the end is step 0."""
     method = updater.method
-    idle = {"end_step", "density_end_step"} if not method.updates.end_step else set()
+    kept = {key: value for key, value in asdict(method.settings).items() if key not in _MAY_CHANGE}
+    kept["end_step"] = method.settings.end_step if method.updates.end_step else 0
     if method.settings.density == "constant":
-        idle.add("density_end_step")  # the same as end_step
-    kept = {key: value for key, value in asdict(method.settings).items() if key not in idle | _MAY_CHANGE}
+        del kept["density_end_step"]  # the same as end_step
     told: dict[str, Any] = json.loads(json.dumps(kept | {"seed": updater.seed}))
     return told
 
@@ -275,6 +302,22 @@ def _check_optimized(updater: StepUpdater) -> None:
             )
 
 
+def _inner(scheduler: Any) -> Any:
+    """The scheduler below accelerate's and DeepSpeed's wrappers."""
+    while hasattr(scheduler, "scheduler"):
+        scheduler = scheduler.scheduler
+    return scheduler
+
+
+def _check_scheduler(updater: StepUpdater, scheduler: Any) -> None:
+    """DeepSpeed's engine steps the scheduler at the scaled rates; one that reckons from them never finds back."""
+    if updater.shards.sharded and scheduler is not None and not isinstance(scheduler, LambdaLR):
+        raise UserError(
+            f"{type(scheduler).__name__} under DeepSpeed reckons from learning rates that are scaled after an update; "
+            "take one of the Trainer's (`lr_scheduler_type`), or TopologyCallback(topology, rewarm_steps=0)"
+        )
+
+
 def _check_start(updater: StepUpdater, topology: SparseTraining) -> None:
     """A model that was trained already begins a new schedule, which one that starts with more links cannot."""
     now, first, rule = topology.density, topology.first_density, updater.method.settings.density
@@ -295,6 +338,11 @@ def _check_engine(args: Any) -> None:
         )
     if args.n_gpu > 1:
         raise UserError("the Trainer uses DataParallel, which copies the model; start one process per GPU (torchrun)")
+    if args.save_total_limit == 1 and not args.load_best_model_at_end:
+        raise UserError(
+            "`save_total_limit` = 1: the Trainer deletes the last checkpoint before the next one has its topology, and "
+            "a kill between the two would lose both; give 2"
+        )
     if getattr(args, "enable_jit_checkpoint", False):
         raise UserError(
             "`enable_jit_checkpoint` saves without telling callbacks, so without the topology; leave it off, and save "

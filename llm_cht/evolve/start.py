@@ -71,9 +71,12 @@ def check_start(sparse: SparseModel, method: Method, on_gpu: bool = False) -> No
     method.targets(shapes, method.updates.last_due, links)
     for name, count in (links or {}).items():
         if count != first[name].links:
+            remedy = "set `method.budget: kept`, or `method.sparsity` and `method.budget` as there"
+            if settings.density != "constant":
+                remedy = f"its density begins at {method.density(0):.3g}; take another start by `method.initial`"
             raise UserError(
                 f"`method.initial_path` = {settings.initial_path}: `{name}` has {count} links there and is to have "
-                f"{first[name].links}; set `method.budget: kept`, or `method.sparsity` and `method.budget` as there"
+                f"{first[name].links} under `method.preset: {settings.preset}`; {remedy}"
             )
 
 

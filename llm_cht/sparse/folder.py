@@ -87,6 +87,16 @@ def read_topology(folder: Path, stem: str = "topology") -> Topology:
     return Topology(dict(masks.items()), about["preset"], about["step"], transposed)
 
 
+def has_links(folder: Path) -> bool:
+    """Whether a model folder says which links there are; the one of a dense run says that it has no sparse layer."""
+    try:
+        return bool(json.loads((folder / "topology.json").read_text(encoding="utf-8"))["layers"])
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError):  # damaged: whoever reads it says so
+        return True
+
+
 def read_packed(folder: Path, stem: str = "topology") -> tuple[bits.PackedMasks, str, int]:
     """As ``read_topology``, for models too large to have all their masks unpacked: masks, preset and step."""
     masks, about = _read_checked(folder, stem)

@@ -53,7 +53,7 @@ class _Conv1D(torch.autograd.Function):
         ctx.save_for_backward(x, weight_IO, mask_IO)
         ctx.captured = captured_IO
         y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight_IO)  # as Conv1D has it, to the last bit
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], weight_IO.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> _Gradients:
@@ -67,13 +67,13 @@ def _backward(ctx: Any, grad_y: Tensor, transposed: bool) -> _Gradients:
         grad_x = grad_y @ (weight.mT if transposed else weight)
     if ctx.needs_input_grad[1]:
         rows, columns = (x, grad_y) if transposed else (grad_y, x)
-        rows, columns = rows.flatten(0, -2), columns.flatten(0, -2)
+        rows, columns = rows.reshape(-1, rows.shape[-1]), columns.reshape(-1, columns.shape[-1])
         grad_weight = rows.mT @ columns
         if ctx.captured is not None:
             _capture(ctx.captured, grad_weight, rows, columns)
         grad_weight.mul_(mask.view(torch.uint8))  # 4 to 8 times faster than by bool on CPU
     if ctx.needs_input_grad[2]:
-        grad_bias = grad_y.flatten(0, -2).sum(0)
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
     return grad_x, grad_weight, grad_bias, None, None
 
 

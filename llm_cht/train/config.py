@@ -12,8 +12,9 @@ from llm_cht.data.pair_settings import PairSettings
 from llm_cht.data.settings import DataSettings
 from llm_cht.data.tokenizer import has_tokenizer
 from llm_cht.errors import UserError
-from llm_cht.files import absolute
+from llm_cht.files import absolute, is_path
 from llm_cht.models import ModelSettings
+from llm_cht.sparse.folder import has_links
 from llm_cht.sparse.surgery import SparseSettings
 from llm_cht.topology.method import resolve
 from llm_cht.topology.settings import MethodSettings
@@ -153,13 +154,15 @@ def on_checkpoint(settings: RunSettings) -> RunSettings:
     """The settings with what `model.path` decides, where nothing else is set: tokenizer, first weights, first links.
 
     Raises:
-        UserError: a folder without tokenizer: others' tokens would mean nothing to its weights.
+        UserError: no such folder, or one without tokenizer: others' tokens would mean nothing to its weights.
     """
     path, method, data = settings.model.path, settings.method, settings.data
     needs_tokenizer = settings.task == "language_modelling" and data.tokenizer is None
     if path is None:
         return replace(settings, data=replace(data, tokenizer="bpe")) if needs_tokenizer else settings
     folder = Path(path).expanduser()
+    if is_path(path) and not folder.is_dir():
+        raise UserError(f"`model.path` = {path!r}: no folder here; give a Hugging Face model folder or hub name")
     if needs_tokenizer:
         if (folder / "config.json").is_file() and not has_tokenizer(folder):
             raise UserError(
@@ -170,7 +173,7 @@ def on_checkpoint(settings: RunSettings) -> RunSettings:
     if method.preset != "dense":
         if method.initial_weight is None:
             method = replace(method, initial_weight="keep")
-        if method.initial is None and method.initial_path is None and (folder / "topology.json").is_file():
+        if method.initial is None and method.initial_path is None and has_links(folder):
             method = replace(method, initial="file", initial_path=path)
     return replace(settings, method=method, data=data)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, ExponentialLR, LambdaLR, SequentialLR, StepLR
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.integrations import TensorBoardCallback
 
@@ -15,11 +16,11 @@ from llm_cht.sparse.folder import read_topology, verify_folder
 from tests.evolve.trainer_parts import arguments, fresh, off_the_masks, rows
 
 
-def made(folder, method=None, seed=0, kind=Trainer, resume_from=None, **options):
+def made(folder, method=None, seed=0, kind=Trainer, resume_from=None, rewarm_steps=None, **options):
     """A Trainer whose model is sparse, the topology and the callback."""
     model = fresh()
     topology = sparsify(model, {"preset": "set", "sparsity": 0.6, "update_interval": 3} | (method or {}), seed=seed)
-    callback = TopologyCallback(topology, resume_from=resume_from)
+    callback = TopologyCallback(topology, rewarm_steps, resume_from)
     data = {"train_dataset": rows(), "eval_dataset": rows()[:8]}
     return kind(model, arguments(folder, **options), callbacks=[callback], **data), topology, callback
 
@@ -47,6 +48,8 @@ def saved(tmp_path):
         ({"method": {"zeta": 0.2}}, r"`zeta` = 0.1 there and 0.2 here: give `sparsify` what was saved$"),
         ({"method": {"preset": "rigl"}}, r"`preset` = 'set' there and 'rigl' here.*`regrowth` = 'random' there"),
         ({"seed": 1}, r"`seed` = 0 there and 1 here"),
+        ({"method": {"end_step": 0}}, r"`end_step` = 9 there and 0 here"),
+        ({"rewarm_steps": 0}, r"`rewarm_steps` = 3 there and 0 here"),
     ],
 )
 def test_another_method_is_refused_on_resume(saved, change, told):
@@ -139,6 +142,34 @@ def test_the_best_model_comes_back_with_its_links(tmp_path, strategy):
     assert off_the_masks(topology) == 0
     masks = read_topology(folder).masks
     assert all(torch.equal(layer.mask, masks[name]) for name, layer in topology.sparse.layers.items())
+    trainer.args.load_best_model_at_end, trainer.args.save_total_limit = False, 2
+    trainer.train()  # with the optimizer of before, whose moments off these links are gone
+    assert off_the_masks(topology) == 0
+    if strategy == "steps":
+        assert verify_folder(tmp_path / "checkpoint-12")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda optimizer: StepLR(optimizer, 4),
+        lambda optimizer: ExponentialLR(optimizer, 0.9),
+        lambda optimizer: CosineAnnealingLR(optimizer, 12),
+        lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        lambda optimizer: SequentialLR(optimizer, [ConstantLR(optimizer), CosineAnnealingLR(optimizer, 8)], [4]),
+    ],
+)
+def test_no_scheduler_notices_the_climbs(tmp_path, kind):
+    """Many reckon a rate from the last one."""
+    rates = []
+    for climbs in (3, 0):
+        trainer, topology, callback = made(tmp_path / str(climbs), rewarm_steps=climbs)
+        optimizer = torch.optim.SGD(topology.sparse.model.parameters(), lr=0.01)
+        trainer.optimizer, trainer.lr_scheduler = optimizer, kind(optimizer)
+        trainer.train()
+        rates.append([trainer.lr_scheduler.get_last_lr(), optimizer.param_groups[0]["lr"]])
+        assert len(callback.figures) == 3
+    assert rates[0] == rates[1]
 
 
 def test_figures_are_in_the_history_and_in_integrations_behind_the_callback(tmp_path, monkeypatch):
@@ -267,3 +298,21 @@ def test_a_compiled_model_trains_as_the_plain_one(tmp_path, preset):
     for name, layer in plain[1].sparse.layers.items():
         assert torch.equal(layer.mask, compiled[1].sparse.layers[name].mask)
         torch.testing.assert_close(layer.weight, compiled[1].sparse.layers[name].weight, rtol=0, atol=1e-6)
+
+
+def test_a_limit_that_could_cost_the_last_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"`save_total_limit` = 1: .*give 2"):
+        made(tmp_path, save_total_limit=1)[0].train()
+
+
+def test_a_checkpoint_of_another_folder_must_be_named_twice(saved, tmp_path):
+    """With the same step in both folders the topology of one would go with the weights of the other."""
+    folder, _ = saved
+    other = tmp_path / "other"
+    made(other, {"zeta": 0.5})[0].train()
+    with pytest.raises(UserError, match=r"lie off its mask; .*resume_from=FOLDER|`zeta` = 0.5 there"):
+        made(other)[0].train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    again = tmp_path / "again"
+    made(again, learning_rate=3e-2)[0].train()
+    with pytest.raises(UserError, match=r"lie off its mask; .*resume_from=FOLDER"):
+        made(again)[0].train(resume_from_checkpoint=str(folder / "checkpoint-8"))

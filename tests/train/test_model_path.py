@@ -75,3 +75,23 @@ def test_code_of_a_model_is_never_run(folder, tmp_path):
     code, _, err = finished(process)
     told(code, err, f"`model.path` = '{own}'", "Python code of its own", "`llm_cht.sparsify`")
     assert "y/N" not in err
+
+
+def test_the_folder_of_a_dense_run_has_no_links_to_go_on_with(tmp_path, capsys):
+    config = tiny_config(tmp_path, method={"preset": "dense", "sparsity": 0.0})
+    assert main(["train", str(config)]) == 0
+    (tmp_path / "on").mkdir()
+    run_on(tmp_path / "run" / "model", tmp_path / "on", "--method.preset", "set")
+    assert "draws the first links whatever the weights of `model.path` are" in capsys.readouterr().err
+
+
+def test_a_falling_density_on_a_sparse_folder_is_told_what_to_do(folder, tmp_path, capsys):
+    more = ["--model.path", str(folder), "--model.overrides", "{}", "--method.preset", "gmp"]
+    code = main(["train", str(tiny_config(tmp_path)), *more])
+    told(code, capsys.readouterr().err, "`method.preset: gmp`", "its density begins at 0.5", "`method.initial`")
+
+
+@pytest.mark.parametrize("command", ["train", "prepare"])
+def test_a_folder_that_is_not_there(tmp_path, capsys, command):
+    code = main([command, str(tiny_config(tmp_path)), "--model.path", "./nope"])
+    told(code, capsys.readouterr().err, "`model.path` = './nope'", "no folder here")
