@@ -81,7 +81,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         fresh = begin_folder(target)
         yield fresh
+        umask = os.umask(0)
+        os.umask(umask)
         for path in fresh.rglob("*"):
+            if path.is_file():
+                path.chmod(0o666 & ~umask)  # safetensors leaves its files to their owner alone
             sync(path)
         finish_folder(target)
     finally:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.utils import logging
 
 from llm_cht.config import load_yaml
 from llm_cht.errors import UserError
@@ -169,9 +171,17 @@ def _shipped(name: str) -> Path:
     return configs_folder() / "models" / f"{name}.yaml"
 
 
+def meant(folder: Path) -> str:
+    """The end of a sentence: which folder below one without config.json is the model, as in the folder of a run."""
+    inner = next((path.parent for path in sorted(folder.glob("*/config.json"))), None)
+    return f"; you mean {inner}" if inner else "; give the folder of a Hugging Face model"
+
+
 def _config_of(path: str) -> Any:
     if is_path(path) and not os.path.isdir(path):
         raise UserError(f"`model.path` = {path!r}: no folder here; give a Hugging Face model folder or hub name")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise UserError(f"`model.path` = {path!r}: no model there, as it has no config.json{meant(Path(path))}")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -180,29 +190,41 @@ def _config_of(path: str) -> Any:
 
 def _load(path: str, settings: ModelSettings, kind: Kind) -> PreTrainedModel:
     config = _config_of(path)
-    _check_keys(config, settings.overrides)
+    _check_keys(config, settings.overrides, _of_another(settings))
     _check_kind(config.is_encoder_decoder, kind, f"`model.path` = {path!r}")
     try:
-        loaded: Any = auto_class(kind).from_pretrained(
-            path,
-            dtype=torch.float32,
-            attn_implementation=settings.attention,
-            ignore_mismatched_sizes=True,  # they are in the report
-            output_loading_info=True,
-            trust_remote_code=False,  # None asks at the terminal
-            **settings.overrides,
-        )
+        with _without_reports():
+            loaded: Any = auto_class(kind).from_pretrained(
+                path,
+                dtype=torch.float32,
+                attn_implementation=settings.attention,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+                trust_remote_code=False,  # None asks at the terminal
+                **settings.overrides,
+            )
     except (*_UNFIT, ImportError, OSError, SafetensorError) as error:
-        raise _no_model(path, error) from error
+        raise _no_model(path, error, _of_another(settings)) from error
     model, report = loaded
     lacking = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
     if lacking:
         raise UserError(
             f"`model.path` = {path!r}: {len(lacking)} weights are missing there or have another size, e.g. "
-            f"`{lacking[0]}`; give a whole model, and no sizes in `model.overrides`"
+            f"`{lacking[0]}`; give a whole model{_of_another(settings)}"
         )
     _freeze(model)
     return model
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Keep transformers' table of missing weights off the terminal: they are an error here."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _freeze(model: PreTrainedModel) -> None:
@@ -214,7 +236,15 @@ def _freeze(model: PreTrainedModel) -> None:
             model.get_parameter(name).requires_grad_(False)
 
 
-def _no_model(path: str, error: Exception) -> UserError:
+def _of_another(settings: ModelSettings) -> str:
+    """The end of a sentence: keys that are meant for `model.config` make a checkpoint another model."""
+    if not settings.overrides:
+        return ""
+    keys = ", ".join(settings.overrides)
+    return f", or set `model.overrides: {{}}`: its {keys} (of the command line or a config file) change the checkpoint"
+
+
+def _no_model(path: str, error: Exception, more: str = "") -> UserError:
     if "trust_remote_code" in str(error):
         return UserError(
             f"`model.path` = {path!r}: it runs Python code of its own, and a run ends in a folder for stock "
@@ -222,7 +252,7 @@ def _no_model(path: str, error: Exception) -> UserError:
         )
     reason = str(error).splitlines()[0].rstrip(".")
     return UserError(
-        f"`model.path` = {path!r}: cannot be loaded: {reason}; give a Hugging Face model folder or hub name"
+        f"`model.path` = {path!r}: cannot be loaded: {reason}; give a Hugging Face model folder or hub name{more}"
     )
 
 
@@ -239,9 +269,9 @@ def _check_kind(encoder_decoder: bool, kind: Kind, place: str) -> None:
         )
 
 
-def _check_keys(config: Any, keys: Iterable[str]) -> None:
+def _check_keys(config: Any, keys: Iterable[str], more: str = "") -> None:
     for key in keys:
         if not hasattr(config, key):
             raise UserError(
-                f"`model.config` or `model.overrides`: {type(config).__name__} has no key `{key}`; correct it"
+                f"`model.config` or `model.overrides`: {type(config).__name__} has no key `{key}`; correct it{more}"
             )

@@ -210,7 +210,7 @@ def test_model_checkpoints(refused, tmp_path, run):
     shutil.copytree(whole, text)
     (text / "config.json").write_text("{")
     train = ("train", config, "--model.path")
-    refused(*train, empty, parts=(f"`model.path` = '{empty}'", "`model_type`", "give a Hugging Face model folder"))
+    refused(*train, empty, parts=(f"`model.path` = '{empty}'", "no config.json", "give the folder of a"))
     refused(*train, cut, parts=(f"`model.path` = '{cut}'", "invalid header length", "give a"))
     refused(*train, text, parts=(f"`model.path` = '{text}'", "not a valid JSON", "give a"))
     refused(*train, whole, "--model.overrides", "{nope: 3}", parts=("no key `nope`",))

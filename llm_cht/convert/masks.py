@@ -49,7 +49,7 @@ def draw_masks(
             masks = strongest(lambda name: _score(source, layers, name, by, bar), layers.shapes, total, seed)
         for name in masks:
             if not masks.packed[name].any():
-                raise UserError(f"--sparsity {sparsity:g} leaves no link in `{name}` under --budget global; lower it")
+                raise UserError(f"--sparsity {sparsity} leaves no link in `{name}` under --budget global; lower it")
         return masks
     with as_options():
         links = budget_links(layers.shapes, density, budget)

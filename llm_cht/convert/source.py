@@ -25,6 +25,7 @@ from torch import Tensor
 from llm_cht.data.tokenizer import has_tokenizer
 from llm_cht.errors import UserError
 from llm_cht.files import is_path
+from llm_cht.models import meant
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOAT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -132,7 +133,9 @@ def open_source(folder: Path) -> Source:
     Raises:
         UserError: no config, index or shard, a damaged one, or quantised weights.
     """
-    config = _json(folder / "config.json", "without it nobody knows what model these weights are")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model there, as it has no config.json{meant(folder)}")
+    config = _json(folder / "config.json")
     if "model_type" not in config:
         raise UserError(f"{folder / 'config.json'} has no `model_type`: it is no config of transformers; correct it")
     if "quantization_config" in config:
@@ -157,7 +160,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 
 def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
     if (folder / INDEX).is_file():
-        index = _json(folder / INDEX, "").get("weight_map")
+        index = _json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(f, str) and Path(f).name == f for f in index.values()):
             raise UserError(f"{folder / INDEX} has no `weight_map` of file names; copy it again")
         return sorted(set(index.values())), index
@@ -189,11 +192,9 @@ def _header(path: Path) -> Iterator[Stored]:
         yield Stored(path, key, about["dtype"], tuple(about["shape"]), 8 + start + about["data_offsets"][0])
 
 
-def _json(path: Path, why: str) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent} has no {path.name}; {why}: copy it too") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy it again") from error
     if not isinstance(values, dict):

@@ -52,7 +52,7 @@ def budget_links(shapes: Mapping[str, tuple[int, int]], density: float, budget: 
     for name, count in links.items():
         if count < 1:
             raise UserError(
-                f"`method.sparsity` = {1 - density:g} leaves no link in `{name}` {shapes[name]} under "
+                f"`method.sparsity` = {round(1 - density, 12)} leaves no link in `{name}` {shapes[name]} under "
                 f"`method.budget` = {budget}; lower it"
             )
     return links

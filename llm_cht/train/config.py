@@ -161,7 +161,8 @@ def on_checkpoint(settings: RunSettings) -> RunSettings:
     if path is None:
         return replace(settings, data=replace(data, tokenizer="bpe")) if needs_tokenizer else settings
     folder = Path(path).expanduser()
-    if is_path(path) and not folder.is_dir():
+    beside = folder.parent != Path() and folder.parent.is_dir()  # runs/x where there is runs: no name of the hub
+    if (is_path(path) or beside) and not folder.is_dir():
         raise UserError(f"`model.path` = {path!r}: no folder here; give a Hugging Face model folder or hub name")
     if needs_tokenizer:
         if (folder / "config.json").is_file() and not has_tokenizer(folder):

@@ -16,11 +16,11 @@ from llm_cht.sparse.folder import read_topology, verify_folder
 from tests.evolve.trainer_parts import arguments, fresh, off_the_masks, rows
 
 
-def made(folder, method=None, seed=0, kind=Trainer, resume_from=None, rewarm_steps=None, **options):
-    """A Trainer whose model is sparse, the topology and the callback."""
+def made(folder, method=None, seed=0, kind=Trainer, how=None, **options):
+    """A Trainer whose model is sparse, the topology and the callback, made as ``how`` says."""
     model = fresh()
     topology = sparsify(model, {"preset": "set", "sparsity": 0.6, "update_interval": 3} | (method or {}), seed=seed)
-    callback = TopologyCallback(topology, rewarm_steps, resume_from)
+    callback = TopologyCallback(topology, **(how or {}))
     data = {"train_dataset": rows(), "eval_dataset": rows()[:8]}
     return kind(model, arguments(folder, **options), callbacks=[callback], **data), topology, callback
 
@@ -49,7 +49,7 @@ def saved(tmp_path):
         ({"method": {"preset": "rigl"}}, r"`preset` = 'set' there and 'rigl' here.*`regrowth` = 'random' there"),
         ({"seed": 1}, r"`seed` = 0 there and 1 here"),
         ({"method": {"end_step": 0}}, r"`end_step` = 9 there and 0 here"),
-        ({"rewarm_steps": 0}, r"`rewarm_steps` = 3 there and 0 here"),
+        ({"how": {"rewarm_steps": 0}}, r"`rewarm_steps` = 3 there and 0 here"),
     ],
 )
 def test_another_method_is_refused_on_resume(saved, change, told):
@@ -163,7 +163,7 @@ def test_no_scheduler_notices_the_climbs(tmp_path, kind):
     """Many reckon a rate from the last one."""
     rates = []
     for climbs in (3, 0):
-        trainer, topology, callback = made(tmp_path / str(climbs), rewarm_steps=climbs)
+        trainer, topology, callback = made(tmp_path / str(climbs), how={"rewarm_steps": climbs})
         optimizer = torch.optim.SGD(topology.sparse.model.parameters(), lr=0.01)
         trainer.optimizer, trainer.lr_scheduler = optimizer, kind(optimizer)
         trainer.train()
