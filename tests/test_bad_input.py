@@ -215,7 +215,7 @@ def test_model_checkpoints(refused, tmp_path, run):
     refused(*train, text, parts=(f"`model.path` = '{text}'", "not a valid JSON", "give a"))
     refused(*train, whole, "--model.overrides", "{nope: 3}", parts=("no key `nope`",))
     for size in ("hidden_size: 32", "num_hidden_layers: 3"):
-        parts = (f"`model.path` = '{whole}'", "weights are missing there or have another size", "`model.overrides`")
+        parts = (f"`model.path` = '{whole}'", "weights are missing there or have another size", "`model.overrides: {}`")
         refused(*train, whole, "--model.overrides", f"{{{size}}}", parts=parts)
 
 
