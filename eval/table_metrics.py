@@ -167,17 +167,20 @@ def _read(file: Path) -> Iterator[Found]:
 def _zero_shot(report: dict[str, Any]) -> Iterator[Found]:
     names = ("num_fewshot", "limit", "seeds", "dtype")
     options = ", ".join(f"{name} {text(report['settings'][name])}" for name in names)
-    documents = {task["task"]: task["documents"] for task in report["tasks"]}
+    data = {
+        task["task"]: f"{task['documents']} documents" + ", prompt differs" * bool(task["prompt_differs"])
+        for task in report["tasks"]
+    }
     for row in report["figures"]:
         for name in _OF_TASK:
             if name in row:
-                how = f"{documents[row['task']]} documents, {options}"
-                yield Found(row["model"], f"{name}.{row['task']}", row[name], how)
+                yield Found(row["model"], f"{name}.{row['task']}", row[name], f"{data[row['task']]}, {options}")
     for row in report["averages"]:
         for name in _OF_TASK:
             tasks = [one["task"] for one in report["figures"] if one["model"] == row["model"] and name in one]
             if tasks:
-                yield Found(row["model"], name, row[name], f"{', '.join(tasks)}, {options}")
+                how = ", ".join(f"{task} ({data[task]})" for task in tasks)
+                yield Found(row["model"], name, row[name], f"{how}, {options}")
 
 
 def _perplexity(rows: list[dict[str, Any]]) -> Iterator[Found]:

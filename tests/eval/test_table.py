@@ -317,6 +317,34 @@ def test_evaluations_that_do_not_belong_or_cannot_be_compared(tmp_path: Path, ca
     assert "no such file" in told(capsys, *runs, "--eval", tmp_path / "none.json")
 
 
+def zero_shots(file: Path, model: Path, documents: int, prompt_differs: bool = False) -> Path:
+    """What zero_shot.py writes of one model on two tasks."""
+    names = ("cola", "rte")
+    report = {
+        "settings": {"num_fewshot": 0, "limit": None, "seeds": [0], "dtype": "float32"},
+        "tasks": [{"task": name, "documents": documents, "prompt_differs": prompt_differs} for name in names],
+        "figures": [{"model": str(model), "task": name, "mcc": 0.1, "accuracy": 0.5} for name in names],
+        "averages": [{"model": str(model), "mcc": 0.1, "accuracy": 0.5}],
+    }
+    file.write_text(json.dumps(report))
+    return file
+
+
+def test_zero_shot_figures_of_other_data_or_prompts_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    first, second = (make_run(tmp_path / preset, 1.0, preset) for preset in ("set", "rigl"))
+    whole = zero_shots(tmp_path / "whole.json", first / "model", 1043)
+    for metric in ("mcc", "accuracy", "mcc.cola", "accuracy.rte"):
+        words = (first, second, "--metric", metric, "--eval", whole)
+        few = zero_shots(tmp_path / "few.json", second / "model", 20)
+        assert f"{metric} of {first} and of {second} were measured in different ways" in told(capsys, *words, few)
+        other = zero_shots(tmp_path / "other.json", second / "model", 1043, prompt_differs=True)
+        assert "1043 documents, prompt differs" in told(capsys, *words, other)
+        alike = zero_shots(tmp_path / "alike.json", second / "model", 1043)
+        assert out_of(capsys, *words, alike)
+
+
 def test_papers_are_whole_and_stand_beside_by_name_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     listed = out_of(capsys, "--papers").splitlines()
     papers = load_papers()
