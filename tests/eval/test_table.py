@@ -201,6 +201,20 @@ def test_unfinished_and_diverged_runs_are_named_and_left_out(tmp_path: Path, cap
     assert f"Left out, for they have not finished: {begun}, {tmp_path / 'half'}." in text
 
 
+def test_a_cell_of_which_a_seed_diverged_wins_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    make_run(tmp_path / "dense", 22.0, "dense", 0.0)
+    for seed, (whole, survived) in enumerate([(20.0, 19.9), (21.0, None), (22.0, None)]):
+        make_run(tmp_path / f"set{seed}", whole, "set", seed=seed)
+        make_run(tmp_path / f"rigl{seed}", survived, "rigl", seed=seed)
+    text = out_of(capsys, tmp_path)
+    assert rows_of(text, "Validation perplexity")[2:] == ["| set | **21.00 ± 0.58 (3)**\\* |", "| rigl | 19.90 (1) |"]
+    assert "\\*: better than dense; neither where a seed diverged." in text
+    rows = read_csv(out_of(capsys, tmp_path, "--format", "csv"))
+    assert {row["method"]: row["best"] for row in rows} == {"dense": "False", "set": "True", "rigl": "False"}
+    only = out_of(capsys, *(tmp_path / f"rigl{seed}" for seed in (0, 1)), tmp_path / "dense")
+    assert "| rigl | 19.90 |" in only
+
+
 # ---- formats ----
 
 
