@@ -2,7 +2,8 @@
 
 A figure is the mean over seeds with its standard error, and without one where there is one seed. The best sparse figure
 of a column is bold, and a star says that it is better than the dense model's, as in the papers; a cell of which a seed
-diverged gets neither, for the mean of those that survived is no figure of the method. Figures of the papers stand in columns of their own that name where they were printed: they are of other runs, and never averaged or compared.
+diverged gets neither, for the mean of those that survived is no figure of the method. Figures of the papers stand in
+columns of their own that name where they were printed: they are of other runs, and never averaged or compared.
 Rejected: density and FLOPs as further columns, which makes rows that no page holds.
 """
 
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from eval.table_collect import DENSE, Run, percent
 from eval.table_metrics import Metric, check_alike, metric_of
-from eval.table_sections import Row, Section
+from eval.table_sections import Row, Section, figures_over_seeds
 from llm_cht.errors import UserError, nearest
 from llm_cht.sweep.table import mean_and_error
 
@@ -125,8 +126,8 @@ def find_papers(names: Sequence[str], sections: Sequence[tuple[Section, Sequence
 
 
 def value_of(runs: Sequence[Run], metric: str) -> Value | None:
-    """Mean and standard error over the runs of a cell that have the figure."""
-    values = [value for value in (run.figure(metric) for run in runs) if value is not None]
+    """Mean and standard error over the seeds of a cell that have the figure."""
+    values = figures_over_seeds(runs, metric)
     return Value(*mean_and_error(values), len(values)) if values else None
 
 
