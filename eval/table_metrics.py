@@ -161,6 +161,14 @@ def _read(file: Path) -> Iterator[Found]:
         raise UserError(
             f"--eval {file}: is nothing that zero_shot.py, perplexity.py or bleu.py wrote with --json ({error!r})"
         ) from error
+    if not found:
+        raise UserError(f"--eval {file}: holds no figure of a model; measure with it again, or leave it out")
+    for model, metric, value, _ in found:
+        if not isinstance(model, str) or isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise UserError(
+                f"--eval {file}: {metric} of {model!r} is {value!r}, where the name of a model and a number belong; "
+                "write the file again"
+            )
     return iter(found)
 
 
