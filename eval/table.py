@@ -6,7 +6,8 @@ A folder stands for all runs below it, such as a sweep's; what has not finished 
 and data set there is a table of the metric that the task has, or of those asked for, then one of the density and one of
 the training FLOPs. Only seeds are averaged: where runs of one method and sparsity differ in another setting, each of
 its values is a row; ``--best KEY`` takes of each cell the value with the best validation figure instead, ``--ignore
-KEY`` averages over it. The modules ``table_*.py`` say the rest.
+KEY`` averages over it, within each seed first, so that the error stays that over seeds. The modules ``table_*.py`` say
+the rest.
 
 ``--eval`` adds what ``zero_shot.py``, ``perplexity.py`` and ``bleu.py`` wrote with ``--json`` for RUN/model: ``mcc``,
 ``accuracy``, ``mcc.TASK``, ``eval_perplexity``, ``eval_bleu``, ... ``--paper`` puts printed figures beside, which

@@ -1,8 +1,9 @@
 """The tables of a section: methods x sparsities of one metric, then density and FLOPs in the same shape.
 
 A figure is the mean over seeds with its standard error, and without one where there is one seed. The best sparse figure
-of a column is bold, and a star says that it is better than the dense model's, as in the papers. Figures of the papers
-stand in columns of their own that name where they were printed: they are of other runs, and never averaged or compared.
+of a column is bold, and a star says that it is better than the dense model's, as in the papers; a cell of which a seed
+diverged gets neither, for the mean of those that survived is no figure of the method. Figures of the papers stand in
+columns of their own that name where they were printed: they are of other runs, and never averaged or compared.
 Rejected: density and FLOPs as further columns, which makes rows that no page holds.
 """
 
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from eval.table_collect import DENSE, Run, percent
 from eval.table_metrics import Metric, check_alike, metric_of
-from eval.table_sections import Row, Section
+from eval.table_sections import Row, Section, figures_over_seeds
 from llm_cht.errors import UserError, nearest
 from llm_cht.sweep.table import mean_and_error
 
@@ -125,13 +126,18 @@ def find_papers(names: Sequence[str], sections: Sequence[tuple[Section, Sequence
 
 
 def value_of(runs: Sequence[Run], metric: str) -> Value | None:
-    """Mean and standard error over the runs of a cell that have the figure."""
-    values = [value for value in (run.figure(metric) for run in runs) if value is not None]
+    """Mean and standard error over the seeds of a cell that have the figure."""
+    values = figures_over_seeds(runs, metric)
     return Value(*mean_and_error(values), len(values)) if values else None
 
 
+def is_whole(runs: Sequence[Run], metric: str) -> bool:
+    """Whether no run of a cell has a figure that is not finite: such a cell wins nothing."""
+    return all(run.figure(metric) is not None for run in runs if run.has(metric))
+
+
 def winners(section: Section, metric: Metric) -> set[tuple[str, float]]:
-    """Row and sparsity of the best sparse figure of each column that has several."""
+    """Row and sparsity of the best sparse figure, over cells of which no seed diverged, where a column has several."""
     best: set[tuple[str, float]] = set()
     for sparsity in section.sparsities:
         here = {
@@ -139,9 +145,11 @@ def winners(section: Section, metric: Metric) -> set[tuple[str, float]]:
             for row in section.rows
             if row.preset != DENSE and (value := value_of(row.cells.get(sparsity, ()), metric.name))
         }
-        if len(here) > 1:
-            top = (max if metric.higher else min)(here.values())
-            best |= {(name, sparsity) for name, mean in here.items() if mean == top}
+        whole = {row.name for row in section.rows if is_whole(row.cells.get(sparsity, ()), metric.name)}
+        fit = {name: mean for name, mean in here.items() if name in whole}
+        if len(here) > 1 and fit:
+            top = (max if metric.higher else min)(fit.values())
+            best |= {(name, sparsity) for name, mean in fit.items() if mean == top}
     return best
 
 
@@ -172,10 +180,11 @@ def _metric_grid(section: Section, metric: Metric, papers: Sequence[Paper]) -> G
     bound = (max if metric.higher else min)(bounds) if bounds else None
 
     def cell(row: Row, sparsity: float) -> Cell:
-        value = value_of(row.cells.get(sparsity, ()), metric.name)
+        runs = row.cells.get(sparsity, ())
+        value = value_of(runs, metric.name)
         if value is None:
             return Cell()
-        beats = bound is not None and row.preset != DENSE
+        beats = bound is not None and row.preset != DENSE and is_whole(runs, metric.name)
         beats = beats and (value.mean > bound if metric.higher else value.mean < bound)  # type: ignore[operator]
         return Cell(_shown(value, metric, several), (row.name, sparsity) in best, beats)
 
@@ -191,7 +200,7 @@ def _metric_grid(section: Section, metric: Metric, papers: Sequence[Paper]) -> G
         blocks.append(_block(section, paper.source, sparsities, printed))
     title = f"{metric.title} ({'higher' if metric.higher else 'lower'} is better)"
     stars = any(cell.star for row in blocks[0].rows for cell in row)
-    notes = [_seeds_note(counts, several), *_marks(bool(best), stars), *_missing(section, metric)]
+    notes = [_seeds_note(counts, several), *_marks(bool(best), stars, section, metric), *_missing(section, metric)]
     notes += [
         f"{paper.source}: {paper.about}; not of these runs: another code, maybe another model." for paper in papers
     ]
@@ -251,8 +260,9 @@ def _seeds_note(counts: set[int], several: bool) -> str:
     )
 
 
-def _marks(bold: bool, stars: bool) -> list[str]:
+def _marks(bold: bool, stars: bool, section: Section, metric: Metric) -> list[str]:
     notes = ["bold: the best sparse figure of its column"] * bold + ["*: better than dense"] * stars
+    notes += ["neither where a seed diverged"] * (bool(notes) and not is_whole(section.runs, metric.name))
     return [f"{'; '.join(notes).capitalize()}."] if notes else []
 
 

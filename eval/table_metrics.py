@@ -161,23 +161,34 @@ def _read(file: Path) -> Iterator[Found]:
         raise UserError(
             f"--eval {file}: is nothing that zero_shot.py, perplexity.py or bleu.py wrote with --json ({error!r})"
         ) from error
+    if not found:
+        raise UserError(f"--eval {file}: holds no figure of a model; measure with it again, or leave it out")
+    for model, metric, value, _ in found:
+        if not isinstance(model, str) or isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise UserError(
+                f"--eval {file}: {metric} of {model!r} is {value!r}, where the name of a model and a number belong; "
+                "write the file again"
+            )
     return iter(found)
 
 
 def _zero_shot(report: dict[str, Any]) -> Iterator[Found]:
     names = ("num_fewshot", "limit", "seeds", "dtype")
     options = ", ".join(f"{name} {text(report['settings'][name])}" for name in names)
-    documents = {task["task"]: task["documents"] for task in report["tasks"]}
+    data = {
+        task["task"]: f"{task['documents']} documents" + ", prompt differs" * bool(task["prompt_differs"])
+        for task in report["tasks"]
+    }
     for row in report["figures"]:
         for name in _OF_TASK:
             if name in row:
-                how = f"{documents[row['task']]} documents, {options}"
-                yield Found(row["model"], f"{name}.{row['task']}", row[name], how)
+                yield Found(row["model"], f"{name}.{row['task']}", row[name], f"{data[row['task']]}, {options}")
     for row in report["averages"]:
         for name in _OF_TASK:
             tasks = [one["task"] for one in report["figures"] if one["model"] == row["model"] and name in one]
             if tasks:
-                yield Found(row["model"], name, row[name], f"{', '.join(tasks)}, {options}")
+                how = ", ".join(f"{task} ({data[task]})" for task in tasks)
+                yield Found(row["model"], name, row[name], f"{how}, {options}")
 
 
 def _perplexity(rows: list[dict[str, Any]]) -> Iterator[Found]:

@@ -2,8 +2,9 @@
 
 - A section holds the runs of one task, model and data: figures of different ones are never compared.
 - A row is a method. Where runs of one method and sparsity differ in more than the seed, each value of what differs is a
-  row of its own, with that setting in its name; so nothing is averaged but seeds.
-- A cell holds the runs of one row at one sparsity.
+  row of its own, with that setting in its name; so nothing is averaged but seeds, and what ``--ignore`` names.
+- A cell holds the runs of one row at one sparsity, and counts one figure a seed: over an ignored setting, figures are
+  averaged within the seed first, for as repetitions they would make the standard error too small.
 
 What differs between rows is told below the table, not hidden: a dense model may well have another learning rate.
 Rejected: the names of a sweep's cases as methods, which say nothing for runs made by hand.
@@ -15,13 +16,13 @@ import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from eval.table_collect import DENSE, Run, Settings, percent
 from llm_cht import config
 from llm_cht.errors import UserError
 from llm_cht.sweep.settings import text
-from llm_cht.sweep.table import mean_and_error
 from llm_cht.topology.presets import PRESETS, preset
 
 _NO_PART = {
@@ -41,7 +42,7 @@ class Row:
     preset: str
     label: Settings
     cells: dict[float, list[Run]]
-    """sparsity -> the runs, which differ in the seed only"""
+    """sparsity -> the runs, which differ in the seed and in ignored settings only"""
 
     @property
     def name(self) -> str:
@@ -89,7 +90,9 @@ def sections_of(runs: Sequence[Run], ignored: Collection[str], best: Sequence[st
     for run in runs:
         place = (run.task, *(text(run.settings.get(key)) for key in about if _counts(key, run)))
         of_place.setdefault(place, []).append(run)
-    found = [_section(group, {*ignored, *about}, best) for group in of_place.values()]
+    found = [_section(group, about, ignored, best) for group in of_place.values()]
+    for section in found:
+        section.notes += _averaged(section, ignored)
     alike = [section for section in found if [other.title for other in found].count(section.title) > 1]
     if alike:
         varied = _varying([section.runs[0] for section in alike], about)[0]
@@ -131,8 +134,8 @@ def _varying(runs: Sequence[Run], keys: Iterable[str]) -> tuple[list[str], list[
     return telling, besides
 
 
-def _section(runs: list[Run], ignored: Collection[str], best: Sequence[str]) -> Section:
-    keys = [key for key in _keys(runs) if key not in ignored]
+def _section(runs: list[Run], about: Sequence[str], ignored: Collection[str], best: Sequence[str]) -> Section:
+    keys = [key for key in _keys(runs) if key not in ignored and key not in about]
     rows: list[Row] = []
     notes = []
     for name in sorted({run.preset for run in runs}, key=_order):
@@ -147,7 +150,7 @@ def _section(runs: list[Run], ignored: Collection[str], best: Sequence[str]) -> 
             notes.append(f"{name}: with {_quoted(telling)} varies {_quoted(rest)}.")
         rows += _rows(name, ours, list(telling))
     for row in rows:
-        _check_seeds(row)
+        _check_seeds(row, ignored)
     task = runs[0].task
     for key in best:
         rows, told = _choose(rows, key, task)
@@ -179,16 +182,46 @@ def _ranked(value: Any) -> tuple[bool, float, str]:
     return (not number, value if number else 0.0, "" if number else text(value))
 
 
-def _check_seeds(row: Row) -> None:
+def _check_seeds(row: Row, ignored: Collection[str]) -> None:
     for sparsity, runs in row.cells.items():
-        of_seed: dict[int, Run] = {}
+        of_seed: dict[str, Run] = {}
         for run in runs:
             seed = run.settings["seed"]
-            if (other := of_seed.setdefault(seed, run)) is not run:
+            if (other := of_seed.setdefault(text([seed, _values(run, ignored)]), run)) is not run:
                 raise UserError(
                     f"{other.folder} and {run.folder} are both {row.at(sparsity)} with seed {seed}: "
                     "as repetitions they would count twice; give one of them"
                 )
+
+
+def _values(run: Run, keys: Iterable[str]) -> list[Any]:
+    return [run.settings.get(key) for key in keys]
+
+
+def _averaged(section: Section, ignored: Collection[str]) -> list[str]:
+    """Sentences on the ignored settings that were averaged over, and on cells whose seeds have not the same values."""
+    cells = [(row, sparsity, runs) for row in section.rows for sparsity, runs in row.cells.items()]
+    averaged = [
+        key for key in ignored if any(len({text(_values(run, [key])) for run in runs}) > 1 for _, _, runs in cells)
+    ]
+    uneven = []
+    for row, sparsity, runs in cells:
+        of_seed: dict[int, set[str]] = {}
+        for run in runs:
+            of_seed.setdefault(run.settings["seed"], set()).add(text(_values(run, averaged)))
+        if any(values != of_seed[runs[0].settings["seed"]] for values in of_seed.values()):
+            uneven.append(row.at(sparsity))
+    told = f"; not every seed has the same values of {'; '.join(uneven)}" if uneven else ""
+    return [f"Averaged over {_quoted(averaged)}, within each seed first{told}."] if averaged else []
+
+
+def figures_over_seeds(runs: Iterable[Run], metric: str) -> list[float]:
+    """A figure of each seed that has it: the mean over its runs, which differ in ignored settings."""
+    of_seed: dict[int, list[float]] = {}
+    for run in runs:
+        if (value := run.figure(metric)) is not None:
+            of_seed.setdefault(run.settings["seed"], []).append(value)
+    return [fmean(values) for values in of_seed.values()]
 
 
 def _title(run: Run) -> str:
@@ -235,11 +268,9 @@ def _choose(rows: list[Row], key: str, task: str) -> tuple[list[Row], list[str]]
 
 def _rank(runs: Sequence[Run], metric: str, higher: bool) -> float:
     """Lower is better; one that is not finite is worst."""
-    values = [run.summary.get(metric) for run in runs]
-    finite = [value for value in values if value is not None]
-    if len(finite) < len(values):
+    if any(run.figure(metric) is None for run in runs):
         return float("inf")
-    return (-1 if higher else 1) * mean_and_error(finite)[0]
+    return (-1 if higher else 1) * fmean(figures_over_seeds(runs, metric))
 
 
 def _differences(section: Section, keys: Iterable[str]) -> list[str]:

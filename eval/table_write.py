@@ -163,7 +163,7 @@ def _run_lines(section: Section, metric: Metric) -> list[list[object]]:
                 continue
             measured = [run for run in runs if run.figure(metric.name) is not None]
             means = [value_of(measured, key) for key in _MEANS]
-            seeds = " ".join(str(run.settings["seed"]) for run in measured)
+            seeds = " ".join(dict.fromkeys(str(run.settings["seed"]) for run in measured))
             about = ["runs", section.title, metric.name, row.preset, settings, sparsity]
             figures = [value.seeds, value.mean, value.error, (row.name, sparsity) in best, seeds]
             lines.append([*about, *figures, *(mean.mean if mean else None for mean in means)])

@@ -28,7 +28,7 @@ from llm_cht.vocabulary import KEYS, Vocabulary, check_checkpoint, filled, prepa
 Kind = Literal["causal", "seq2seq"]
 """a decoder alone, for language modelling, or an encoder and a decoder, for translation"""
 
-_UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError, StrictDataclassError)
+UNFIT = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError, StrictDataclassError)
 """what transformers raises for sizes that do not fit: it checks few, the others fail where they are first used"""
 
 
@@ -50,6 +50,13 @@ def configs_folder() -> Path:
     """The folder of shipped configs: beside the package in a clone, inside it in a wheel."""
     here = Path(__file__).resolve().parent
     return next(place for place in (here / "configs", here.parent / "configs") if place.is_dir())
+
+
+def reason_of(error: Exception) -> str:
+    """An error of transformers as part of a sentence: its first line, or all of one whose first says only where."""
+    said = str(error).strip()
+    told = said if isinstance(error, StrictDataclassError) else said.partition("\n")[0]
+    return " ".join(told.split()).rstrip(".") or type(error).__name__
 
 
 def with_absolute_paths(settings: ModelSettings) -> ModelSettings:
@@ -131,7 +138,7 @@ def _fresh(name: str, settings: ModelSettings, kind: Kind, vocabulary: Vocabular
     try:
         config = AutoConfig.for_model(model_type, **values)
         model = auto_class(kind).from_config(config, dtype=torch.float32, attn_implementation=settings.attention)
-    except (*_UNFIT, ImportError) as error:
+    except (*UNFIT, ImportError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
         raise UserError(
             f"`model.config` = {name!r} with `model.overrides` and `model.attention` cannot work: {reason}; "
@@ -163,8 +170,12 @@ def _stock_config(name: str) -> dict[str, Any]:
         raise UserError(f"{place}, and no name of the hub; correct it")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{place} and no Hugging Face model: {str(error).splitlines()[0]}; correct it") from error
+    except StrictDataclassError as error:
+        raise UserError(
+            f"`model.config` = {name!r}: its config.json cannot work: {reason_of(error)}; correct it"
+        ) from error
+    except (*UNFIT, OSError) as error:
+        raise UserError(f"{place} and no Hugging Face model: {reason_of(error)}; correct it") from error
 
 
 def _shipped(name: str) -> Path:
@@ -184,7 +195,7 @@ def _config_of(path: str) -> Any:
         raise UserError(f"`model.path` = {path!r}: no model there, as it has no config.json{meant(Path(path))}")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (*UNFIT, OSError) as error:
         raise _no_model(path, error) from error
 
 
@@ -203,7 +214,7 @@ def _load(path: str, settings: ModelSettings, kind: Kind) -> PreTrainedModel:
                 trust_remote_code=False,  # None asks at the terminal
                 **settings.overrides,
             )
-    except (*_UNFIT, ImportError, OSError, SafetensorError) as error:
+    except (*UNFIT, ImportError, OSError, SafetensorError) as error:
         raise _no_model(path, error, _of_another(settings)) from error
     model, report = loaded
     lacking = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
@@ -250,10 +261,8 @@ def _no_model(path: str, error: Exception, more: str = "") -> UserError:
             f"`model.path` = {path!r}: it runs Python code of its own, and a run ends in a folder for stock "
             "transformers; sparsify that model in a loop of your own (`llm_cht.sparsify`)"
         )
-    reason = str(error).splitlines()[0].rstrip(".")
-    return UserError(
-        f"`model.path` = {path!r}: cannot be loaded: {reason}; give a Hugging Face model folder or hub name{more}"
-    )
+    place = f"`model.path` = {path!r}: cannot be loaded: {reason_of(error)}"
+    return UserError(f"{place}; give a Hugging Face model folder or hub name{more}")
 
 
 def _check_kind(encoder_decoder: bool, kind: Kind, place: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, WhisperConfig
 
 from eval.bleu import main
 from llm_cht.sparse.folder import write_topology
@@ -150,6 +150,8 @@ def places(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     llama = LlamaConfig(vocab_size=90, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     LlamaForCausalLM(llama).save_pretrained(tmp / "causal")
     tokenizer.save_pretrained(tmp / "causal")
+    ViTConfig().save_pretrained(tmp / "vit")
+    WhisperConfig().save_pretrained(tmp / "whisper")  # an encoder-decoder, but of sound
     lines = (folder / "source.txt").read_text().split("\n")
     (tmp / "short.txt").write_text("\n".join(lines[:20]) + "\n")
     (tmp / "empty.txt").touch()
@@ -170,6 +172,8 @@ FILES = ["--source", "{s}", "--reference", "{r}"]
         (["{tmp}/nowhere", *FILES], "nowhere: no such folder"),
         (["{tmp}/bare", *FILES], "AutoTokenizer cannot load it"),
         (["{tmp}/causal", *FILES], "causal: llama is a language model; use eval/perplexity.py"),
+        (["{tmp}/vit", *FILES], "vit is neither a language model nor an encoder-decoder of text"),
+        (["{tmp}/whisper", *FILES], "whisper is neither a language model nor an encoder-decoder of text"),
         (["{tmp}/narrow", *FILES], "none of the model's 12"),
         (["{tmp}/gap", *FILES], "no weights for model.decoder.layers.0.fc1"),
         (["{tmp}/wild", *FILES], "not all of its weights are finite"),

@@ -12,11 +12,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MarianConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MarianConfig,
+    ViTConfig,
+)
 
 from eval.perplexity import main, summed_loss
 from llm_cht.config import parse
 from llm_cht.data.tokenizer import train_bpe, trained_bpe
+from llm_cht.errors import UserError
+from llm_cht.models import ModelSettings, build_model, check_kind
 from llm_cht.sparse.folder import read_topology, verify_folder
 from llm_cht.train.config import RunSettings
 from llm_cht.train.run import train
@@ -234,7 +244,10 @@ def places(model_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFact
     state["model.norm.weight"][0] = math.nan
     save_file(state, tokenizer_of["wild"] / "model.safetensors")
     new_model().save_pretrained(tmp / "bare")
-    MarianConfig().save_pretrained(tmp / "pairs")
+    for name, config in (("pairs", MarianConfig()), ("bert", BertConfig()), ("vit", ViTConfig())):
+        config.save_pretrained(tmp / name)
+    (tmp / "typed").mkdir()
+    (tmp / "typed" / "config.json").write_text('{"model_type": "gpt2", "n_embd": "x"}')
     (tmp / "empty.txt").touch()
     (tmp / "blank.jsonl").write_text('{"text": " "}\n')
     return {"folder": model_folder, "text": text, "tmp": tmp}
@@ -249,6 +262,9 @@ def places(model_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFact
         (["{tmp}/bare", "--data", "{text}"], "AutoTokenizer cannot load it"),
         (["{tmp}", "--data", "{text}"], "no model here, as it has no config.json; you mean"),
         (["{tmp}/pairs", "--data", "{text}"], "marian is an encoder-decoder; use eval/bleu.py"),
+        (["{tmp}/bert", "--data", "{text}"], "bert is neither a language model nor an encoder-decoder of text"),
+        (["{tmp}/vit", "--data", "{text}"], "vit is neither a language model nor an encoder-decoder of text"),
+        (["{tmp}/typed", "--data", "{text}"], "'n_embd' expected int, got str (value: 'x'); correct it"),
         (["{tmp}/cut", "--data", "{text}"], "AutoModelForCausalLM cannot load it"),
         (["{tmp}/narrow", "--data", "{text}"], "none of the model's 100"),
         (["{tmp}/gap", "--data", "{text}"], "no weights for model.layers.0"),
@@ -275,6 +291,14 @@ def test_bad_input_is_one_clear_line(
     assert message in error
     assert error.startswith("perplexity.py: error: ")
     assert error.count("\n") == 1
+
+
+def test_training_refuses_a_config_of_a_wrong_type_alike(places: dict[str, Path]):
+    typed = str(places["tmp"] / "typed")
+    with pytest.raises(UserError, match=r"cannot be loaded: .*'n_embd' expected int, got str"):
+        check_kind(ModelSettings(path=typed), "causal")
+    with pytest.raises(UserError, match=r"typed': its config.json cannot work: .*'n_embd' expected"):
+        build_model(ModelSettings(config=typed), 0)
 
 
 def test_the_script_passes_the_exit_code_on(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""The tables over runs: by hand from written folders, what may share a cell, every format, evaluations and papers."""
+"""The tables over runs: by hand from written folders, what may share a cell, every format, papers."""
 
 import csv
 import io
@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from eval import bleu, perplexity, table, zero_shot
+from eval import table
 from eval.table_grid import load_papers
 from eval.table_metrics import metric_of
 from eval.table_write import CSV_HEAD, escape
 from llm_cht.topology.presets import PRESETS
-from tests.helpers import command, finished, tiny_config
-from tests.zero_shot_parts import write_data
 
 
 def make_run(folder: Path, value: float | None, preset: str = "chts", sparsity: float = 0.9, **other: Any) -> Path:
@@ -148,6 +146,16 @@ def test_what_differs_within_a_cell_is_a_row_and_never_averaged(tmp_path: Path, 
     best = out_of(capsys, tmp_path, "--best", "optimizer.lr")
     assert "| chts | **21.00 ± 1.00 (2)** |" in best  # 1.00 has fewer seeds than the others
     assert "chts at 90 %: 0.003 of 0.003, 0.01, 0.1." in best
+    ignoring = out_of(capsys, *(tmp_path / str(number) for number in range(4)), "--ignore", "optimizer.lr")
+    assert "| chts | 21.50 ± 2.00 |" in ignoring  # of seed 0: 19.5, of seed 1: 23.5
+    assert "Mean over 2 seeds" in ignoring
+    assert "- Averaged over `optimizer.lr`, within each seed first.\n" in ignoring
+    text = out_of(capsys, tmp_path, "--ignore", "optimizer.lr", "--format", "csv")
+    (row,) = [row for row in read_csv(text) if row["method"] == "chts"]
+    assert (row["n"], row["seeds"], float(row["mean"])) == ("2", "0 1", pytest.approx((40 / 3 + 23.5) / 2))
+    uneven = out_of(capsys, tmp_path, "--ignore", "optimizer.lr")
+    assert "within each seed first; not every seed has the same values of chts at 90 %." in uneven
+    make_run(tmp_path / "again", 1.0, lr=0.1)
     assert "both chts at 90 % with seed 0" in told(capsys, tmp_path, "--ignore", "optimizer.lr")
     ignoring = out_of(capsys, tmp_path / "0", tmp_path / "3", "--ignore", "optimizer.lr")
     assert "| chts | 22.50 ± 2.50 |" in ignoring
@@ -201,6 +209,20 @@ def test_unfinished_and_diverged_runs_are_named_and_left_out(tmp_path: Path, cap
     assert f"Left out, for they have not finished: {begun}, {tmp_path / 'half'}." in text
 
 
+def test_a_cell_of_which_a_seed_diverged_wins_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    make_run(tmp_path / "dense", 22.0, "dense", 0.0)
+    for seed, (whole, survived) in enumerate([(20.0, 19.9), (21.0, None), (22.0, None)]):
+        make_run(tmp_path / f"set{seed}", whole, "set", seed=seed)
+        make_run(tmp_path / f"rigl{seed}", survived, "rigl", seed=seed)
+    text = out_of(capsys, tmp_path)
+    assert rows_of(text, "Validation perplexity")[2:] == ["| set | **21.00 ± 0.58 (3)**\\* |", "| rigl | 19.90 (1) |"]
+    assert "\\*: better than dense; neither where a seed diverged." in text
+    rows = read_csv(out_of(capsys, tmp_path, "--format", "csv"))
+    assert {row["method"]: row["best"] for row in rows} == {"dense": "False", "set": "True", "rigl": "False"}
+    only = out_of(capsys, *(tmp_path / f"rigl{seed}" for seed in (0, 1)), tmp_path / "dense")
+    assert "| rigl | 19.90 |" in only
+
+
 # ---- formats ----
 
 
@@ -252,69 +274,7 @@ def test_files_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ]
 
 
-# ---- evaluations and papers ----
-
-
-def test_a_real_run_and_what_the_programs_write_of_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    code, _, err = finished(command("train", tiny_config(tmp_path, train={"steps": 6}, data={"vocab_size": 300})))
-    assert code == 0, err
-    run, model = tmp_path / "run", tmp_path / "run" / "model"
-    write_data(tmp_path / "data")
-    zero, ppl, translated = (tmp_path / f"{name}.json" for name in ("zero", "ppl", "bleu"))
-    tasks = ["--data", tmp_path / "data", "--tasks", "mrpc,copa", "--limit", "6", "--bootstrap", "5", "--json", zero]
-    assert zero_shot.main([str(word) for word in (model, *tasks, "--device", "cpu")]) == 0
-    words = (model, "--data", tmp_path / "text.txt", "--max_tokens", "500", "--json", ppl, "--device", "cpu")
-    assert perplexity.main([str(word) for word in words]) == 0
-    (tmp_path / "lines").write_text("one two three four\n" * 5)
-    files = [word for name in ("hypotheses", "source", "reference") for word in (f"--{name}", str(tmp_path / "lines"))]
-    assert bleu.main([*files, "--json", str(translated)]) == 0
-    report = json.loads(translated.read_text())
-    report["rows"][0]["model"] = "run/model"  # as from another folder
-    translated.write_text(json.dumps(report))
-    capsys.readouterr()
-    names = ["perplexity", "mcc*", "accuracy.copa", "word_perplexity", "eval_bleu"]
-    arguments = [run, "--eval", zero, ppl, translated, "--format", "csv", "--metric", *names]
-    rows = {row["metric"]: row for row in read_csv(out_of(capsys, *arguments))}
-    assert set(rows) == {"perplexity", "mcc", "mcc.mrpc", "accuracy.copa", "word_perplexity", "eval_bleu"}
-    end = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["summary"]
-    shown = rows["perplexity"]
-    assert [float(shown[key]) for key in ("mean", "density", "average_density", "flops", "flops_relative")] == [
-        end[key] for key in ("perplexity", "density", "average_density", "flops", "flops_relative")
-    ]
-    assert (shown["method"], float(shown["sparsity"]), shown["standard_error"]) == ("chts", 0.8, "")
-    found = json.loads(zero.read_text())
-    assert float(rows["mcc"]["mean"]) == found["averages"][0]["mcc"]
-    assert float(rows["word_perplexity"]["mean"]) == json.loads(ppl.read_text())[0]["word_perplexity"]
-    assert float(rows["eval_bleu"]["mean"]) == pytest.approx(100)
-    text = out_of(capsys, run, "--eval", zero)
-    assert "### Average zero-shot MCC (higher is better)" in text
-    assert "Not as its preset" not in text
-
-
-def perplexities(file: Path, **of_model: int) -> Path:
-    """What perplexity.py writes: 10 for each model, on texts of so many bytes."""
-    keys = {"perplexity": 10.0, "word_perplexity": 9.0, "bits_per_byte": 1.0, "tokens": 7, "sequence_length": 8}
-    rows = [keys | {"model": name, "stride": 4, "dtype": "float32", "bytes": size} for name, size in of_model.items()]
-    file.write_text(json.dumps(rows).replace("__", "/"))
-    return file
-
-
-def test_evaluations_that_do_not_belong_or_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    runs = [make_run(tmp_path / where / "same", 1.0, seed=seed) for seed, where in enumerate(("a", "b"))]
-    good = perplexities(tmp_path / "good.json", a__same__model=5, strange__model=5)
-    text = out_of(capsys, *runs, "--eval", good)
-    assert "strange/model in good.json is the model of no run here" in text
-    assert f"Left out, for they have no eval_perplexity: {runs[1]}." in text
-    unequal = perplexities(tmp_path / "unequal.json", a__same__model=5, b__same__model=6)
-    message = told(capsys, *runs, "--eval", unequal)
-    assert "measured in different ways: tokens 7, bytes 5" in message
-    assert "stands in another file too" in told(capsys, *runs, "--eval", good, good)
-    several = perplexities(tmp_path / "several.json", same__model=5)
-    assert "may be that of" in told(capsys, *runs, "--eval", several)
-    for content in ("no json", "{}", "[1]", '{"figures": []}'):
-        (tmp_path / "bad.json").write_text(content)
-        assert "is nothing that zero_shot.py" in told(capsys, *runs, "--eval", tmp_path / "bad.json")
-    assert "no such file" in told(capsys, *runs, "--eval", tmp_path / "none.json")
+# ---- papers ----
 
 
 def test_papers_are_whole_and_stand_beside_by_name_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
