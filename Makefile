@@ -1,6 +1,6 @@
 # Everything from a fresh clone: each target first makes the virtual environment it needs.
 #   make quickstart   install, then train a small sparse LLaMA on this machine
-#   make test         the tests; make test-all adds the slow ones (and those for a GPU, where there is one)
+#   make test         the tests, two files at a time; make test-all, one by one, adds the slow ones (and those for a GPU, where there is one)
 #   make lint         style, types, and the project's own conventions
 # PYTHON chooses the interpreter (3.11 to 3.13): make test PYTHON=python3.12
 
@@ -15,7 +15,7 @@ quickstart: $(VENV)/run.stamp
 	$(BIN)/llm-cht train configs/quickstart.yaml
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest

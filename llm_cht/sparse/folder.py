@@ -91,7 +91,7 @@ def has_links(folder: Path) -> bool:
     """Whether a model folder says which links there are; the one of a dense run says that it has no sparse layer."""
     try:
         return bool(json.loads((folder / "topology.json").read_text(encoding="utf-8"))["layers"])
-    except FileNotFoundError:
+    except OSError:  # there is none, or no folder at all
         return False
     except (ValueError, KeyError, TypeError):  # damaged: whoever reads it says so
         return True
