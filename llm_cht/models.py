@@ -188,9 +188,20 @@ def meant(folder: Path) -> str:
     return f"; you mean {inner}" if inner else "; give the folder of a Hugging Face model"
 
 
-def _config_of(path: str) -> Any:
-    if is_path(path) and not os.path.isdir(path):
+def check_place(path: str) -> None:
+    """Refuse a `model.path` that is no folder and can be no name of the hub, or lies in a folder that is here.
+
+    Raises:
+        UserError: naming it.
+    """
+    folder = Path(path).expanduser()
+    beside = folder.parent != Path() and folder.parent.is_dir()  # runs/x where there is runs
+    if (is_path(path) or beside) and not folder.is_dir():
         raise UserError(f"`model.path` = {path!r}: no folder here; give a Hugging Face model folder or hub name")
+
+
+def _config_of(path: str) -> Any:
+    check_place(path)
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         raise UserError(f"`model.path` = {path!r}: no model there, as it has no config.json{meant(Path(path))}")
     try:

@@ -12,7 +12,7 @@ from llm_cht.data.pair_settings import PairSettings
 from llm_cht.data.settings import DataSettings
 from llm_cht.data.tokenizer import has_tokenizer
 from llm_cht.errors import UserError
-from llm_cht.files import absolute, is_path
+from llm_cht.files import absolute
 from llm_cht.models import ModelSettings
 from llm_cht.sparse.folder import has_links
 from llm_cht.sparse.surgery import SparseSettings
@@ -161,9 +161,7 @@ def on_checkpoint(settings: RunSettings) -> RunSettings:
     if path is None:
         return replace(settings, data=replace(data, tokenizer="bpe")) if needs_tokenizer else settings
     folder = Path(path).expanduser()
-    beside = folder.parent != Path() and folder.parent.is_dir()  # runs/x where there is runs: no name of the hub
-    if (is_path(path) or beside) and not folder.is_dir():
-        raise UserError(f"`model.path` = {path!r}: no folder here; give a Hugging Face model folder or hub name")
+    models.check_place(path)
     if needs_tokenizer:
         if (folder / "config.json").is_file() and not has_tokenizer(folder):
             raise UserError(

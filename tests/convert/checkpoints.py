@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llm_cht.convert.run import Request, convert
+from llm_cht.evolve.start import draw_start
+from llm_cht.sparse.surgery import SparseModel, SparseSettings, sparsify
+from llm_cht.topology.method import resolve
+from llm_cht.topology.settings import MethodSettings
 from tests.sparse.family_checks import tokenizer
 
 WORDS = 40
@@ -39,6 +43,17 @@ def converted(source: Path, folder: Path, **options: Any) -> Path:
     assert convert(Request(str(source), folder, **options), said.append)
     assert not said, said
     return folder
+
+
+def started(dense: Path, by: str, budget: str) -> SparseModel:
+    """The model of ``dense`` with the first links that a run at 80 % draws, with seed 3."""
+    sparse = sparsify(AutoModelForCausalLM.from_pretrained(dense), SparseSettings())
+    start = {"initial": by, "budget": budget}
+    if by in ("magnitude", "ri"):
+        pruning = {"magnitude": "magnitude", "ri": "relative_importance"}[by]
+        start |= {"initial": "checkpoint", "pruning": pruning}
+    draw_start(sparse, resolve(MethodSettings(preset="static", sparsity=0.8, **start), 10), seed=3)
+    return sparse
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

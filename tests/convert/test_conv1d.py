@@ -3,15 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from llm_cht.convert.run import Request, convert
-from llm_cht.evolve.start import draw_start
 from llm_cht.sparse.folder import read_topology, verify_folder
-from llm_cht.sparse.surgery import SparseSettings, sparsify
-from llm_cht.topology.method import resolve
-from llm_cht.topology.settings import MethodSettings
-from tests.convert.checkpoints import converted, weights
+from tests.convert.checkpoints import converted, started, weights
 from tests.convert.test_sparse import same_but_for
 from tests.convert.test_train import first_links
 from tests.sparse.family_checks import tokenizer
@@ -32,13 +28,7 @@ def gpt2(folder, dtype=torch.float32):
 def test_links_are_those_of_a_run_that_starts_from_the_checkpoint(tmp_path, by, budget):
     dense = gpt2(tmp_path / "dense")
     folder = converted(dense, tmp_path / "sparse", sparsity=0.8, by=by, budget=budget, seed=3)
-    sparse = sparsify(AutoModelForCausalLM.from_pretrained(dense), SparseSettings())
-    start = {"initial": by, "budget": budget}
-    if by in ("magnitude", "ri"):
-        pruning = {"magnitude": "magnitude", "ri": "relative_importance"}[by]
-        start |= {"initial": "checkpoint", "pruning": pruning}
-    method = resolve(MethodSettings(preset="static", sparsity=0.8, **start), 10, "language_modelling")
-    draw_start(sparse, method, seed=3)
+    sparse = started(dense, by, budget)
     topology = read_topology(folder)
     assert topology.transposed == topology.masks.keys() == sparse.layers.keys()
     for name, layer in sparse.layers.items():

@@ -13,13 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm_cht.convert import shards, source
 from llm_cht.convert.masks import strongest
 from llm_cht.convert.run import Request, convert
-from llm_cht.evolve.start import draw_start
 from llm_cht.sparse.folder import read_topology, verify_folder
-from llm_cht.sparse.surgery import SparseSettings, sparsify
 from llm_cht.topology.keys import Keys
-from llm_cht.topology.method import resolve
-from llm_cht.topology.settings import MethodSettings
-from tests.convert.checkpoints import WORDS, converted, llama, weights
+from tests.convert.checkpoints import WORDS, converted, llama, started, weights
 
 LAYERS = 2 * 7
 
@@ -39,13 +35,7 @@ def same_but_for(folder, dense, masks):
 def test_links_are_those_of_a_run_that_starts_from_the_checkpoint(tmp_path, by, budget):
     dense = llama(tmp_path / "dense")
     folder = converted(dense, tmp_path / "sparse", sparsity=0.8, by=by, budget=budget, seed=3)
-    sparse = sparsify(AutoModelForCausalLM.from_pretrained(dense), SparseSettings())
-    start = {"initial": by, "budget": budget}
-    if by in ("magnitude", "ri"):
-        pruning = {"magnitude": "magnitude", "ri": "relative_importance"}[by]
-        start |= {"initial": "checkpoint", "pruning": pruning}
-    method = resolve(MethodSettings(preset="static", sparsity=0.8, **start), 10, "language_modelling")
-    draw_start(sparse, method, seed=3)
+    sparse = started(dense, by, budget)
     topology = read_topology(folder)
     assert (topology.preset, topology.step, len(topology.masks)) == (by, 0, LAYERS)
     for name, layer in sparse.layers.items():
